@@ -1,0 +1,1 @@
+"""The HTTP edge: declarative views that send and emit; imports no service."""

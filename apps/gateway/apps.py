@@ -1,0 +1,9 @@
+"""The gateway as a Django app."""
+
+from django.apps import AppConfig
+
+
+class GatewayConfig(AppConfig):
+    """The HTTP edge of the shop."""
+
+    name = "gateway"

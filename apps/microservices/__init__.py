@@ -1,0 +1,70 @@
+"""Microservices for Django with NestJS's programming model, wire-equal with NestJS itself."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .client import clients
+    from .context import RpcContext
+    from .exceptions import (
+        ConfigurationError,
+        ConnectionLost,
+        DeadlineExceeded,
+        InvalidPayload,
+        MicroserviceError,
+        NoHandler,
+        RpcException,
+        Unavailable,
+    )
+    from .handlers import event_pattern, message_pattern
+    from .hybrid import HybridApplication
+    from .middleware import Endpoint, Middleware
+
+# Handed out on first use, so that the floors below the settings can be imported without Django.
+_HOMES = {
+    "ConfigurationError": "exceptions",
+    "ConnectionLost": "exceptions",
+    "DeadlineExceeded": "exceptions",
+    "Endpoint": "middleware",
+    "HybridApplication": "hybrid",
+    "InvalidPayload": "exceptions",
+    "Middleware": "middleware",
+    "MicroserviceError": "exceptions",
+    "NoHandler": "exceptions",
+    "RpcContext": "context",
+    "RpcException": "exceptions",
+    "Unavailable": "exceptions",
+    "clients": "client",
+    "event_pattern": "handlers",
+    "message_pattern": "handlers",
+}
+
+__all__ = [
+    "ConfigurationError",
+    "ConnectionLost",
+    "DeadlineExceeded",
+    "Endpoint",
+    "HybridApplication",
+    "InvalidPayload",
+    "Middleware",
+    "MicroserviceError",
+    "NoHandler",
+    "RpcContext",
+    "RpcException",
+    "Unavailable",
+    "clients",
+    "event_pattern",
+    "message_pattern",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,328 @@
+"""`clients["users"]`: the way to every service, local or remote, and to the event bus."""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import aclosing
+from typing import Any, NamedTuple, TypeVar, overload
+from weakref import WeakKeyDictionary
+
+import msgspec
+from msgspec import Raw
+
+from . import codec
+from .conf import get_settings, load
+from .context import RpcContext, current
+from .exceptions import ConfigurationError, RpcException
+from .executor import wait_for
+from .microservice import get_microservice
+from .middleware import Endpoint, Middleware, chain
+from .packets import route
+from .transports import client_class, parse
+from .transports.base import ClientProxy
+from .transports.local import LocalClient
+
+T = TypeVar("T")
+Loop = asyncio.AbstractEventLoop
+Metadata = Mapping[str, str] | None
+
+EVENTS = "events"
+_MAX_KNOWN = 1024
+_GRACE = 1.0
+
+
+class _Bound(NamedTuple):
+    """A client's connection on one event loop, with the middlewares folded around its verbs."""
+
+    proxy: ClientProxy
+    send: Endpoint
+    stream: Endpoint
+    emit: Endpoint
+
+
+class Client:
+    """Calls one service, from an event loop (`await client.send`) or a thread (`client.sync.send`)."""
+
+    def __init__(
+        self,
+        service: str,
+        connect: Callable[[], ClientProxy],
+        *,
+        source: str = "",
+        timeout: float = 5.0,
+        middlewares: Sequence[Middleware] = (),
+        run: Callable[[Coroutine[Any, Any, Any]], Future[Any]] | None = None,
+    ) -> None:
+        self.service = service
+        self.timeout = timeout
+        self.sync = SyncClient(self, run or _background.run)
+        self._connect = connect
+        self._source = source
+        self._middlewares = middlewares
+        self._per_loop: WeakKeyDictionary[Loop, _Bound] = WeakKeyDictionary()
+        # Routes by the pattern's JSON. Bounded: a caller may build patterns from data.
+        self._routes: dict[bytes, str] = {}
+        self._decoders: dict[Any, codec.Decoder] = {}
+
+    @overload
+    async def send(
+        self, pattern: Any, data: Any = ..., *, timeout: float | None = ..., metadata: Metadata = ...
+    ) -> Any: ...
+    @overload
+    async def send(
+        self, pattern: Any, data: Any = ..., *, returns: type[T], timeout: float | None = ..., metadata: Metadata = ...
+    ) -> T: ...
+    async def send(
+        self,
+        pattern: Any,
+        data: Any = None,
+        *,
+        returns: Any = None,
+        timeout: float | None = None,
+        metadata: Metadata = None,
+    ) -> Any:
+        """Make a request and return its first value; None where the answer is empty.
+
+        `pattern` and `data` are as in NestJS's `send`; `returns` is a type to decode into (plain
+        objects without it); `timeout` is in seconds, capped by what is left of the caller's own
+        deadline; `metadata` holds strings that travel beside the data. Raises RpcException: the
+        handler's error, NoHandler, Unavailable, ConnectionLost or DeadlineExceeded.
+        """
+        bound = self._bound()
+        result = await bound.send(data, self._context(bound.proxy, pattern, timeout or self.timeout, metadata))
+        return None if result is None else self._decoder(returns)(result)
+
+    async def stream(
+        self,
+        pattern: Any,
+        data: Any = None,
+        *,
+        returns: Any = None,
+        timeout: float | None = None,
+        metadata: Metadata = None,
+    ) -> AsyncGenerator[Any]:
+        """Make a request and yield its values until it completes.
+
+        `timeout` is how many seconds to wait for each next value. Raises as `send`.
+        """
+        bound = self._bound()
+        decode = self._decoder(returns)
+        context = self._context(bound.proxy, pattern, None, metadata)
+        context.patience = timeout or self.timeout
+        async with aclosing(await bound.stream(data, context)) as values:
+            async for value in values:
+                yield decode(value)
+
+    async def emit(
+        self, pattern: Any, data: Any = None, *, timeout: float | None = None, metadata: Metadata = None
+    ) -> None:
+        """Hand over an event. Raises Unavailable or DeadlineExceeded when it was not handed over."""
+        bound = self._bound()
+        await bound.emit(data, self._context(bound.proxy, pattern, timeout or self.timeout, metadata))
+
+    async def close(self) -> None:
+        """Close the connection of the running loop."""
+        bound = self._per_loop.pop(asyncio.get_running_loop(), None)
+        if bound is not None:
+            await bound.proxy.close()
+
+    def unwrap(self) -> Any:
+        """Return the native object behind the connection of the running loop."""
+        return self._bound().proxy.unwrap()
+
+    def _bound(self) -> _Bound:
+        loop = asyncio.get_running_loop()
+        bound = self._per_loop.get(loop)
+        if bound is None:
+            proxy = self._connect()
+
+            async def stream(data: Any, context: RpcContext) -> AsyncIterator[Raw]:
+                return proxy.stream(data, context)
+
+            send, stream_, emit = (chain(verb, self._middlewares) for verb in (proxy.send, stream, proxy.emit))
+            bound = self._per_loop[loop] = _Bound(proxy, send, stream_, emit)
+        return bound
+
+    def _context(self, proxy: ClientProxy, pattern: Any, timeout: float | None, metadata: Metadata) -> RpcContext:
+        written = codec.encode(pattern)
+        context = RpcContext(
+            service=self.service,
+            pattern=self._routes.get(written) or self._route(pattern, written),
+            raw_pattern=Raw(written),
+            transport=proxy.scheme,
+            side="client",
+            peer=str(proxy.address),
+        )
+        caller = current.get()
+        if caller is not None:
+            context.metadata = caller.inherited()
+            context.deadline = caller.deadline
+        if self._source:
+            context.metadata["source"] = self._source
+        if metadata:
+            context.metadata.update(metadata)
+        if timeout is not None:
+            context.cap_deadline(timeout)
+        return context
+
+    def _route(self, pattern: Any, written: bytes) -> str:
+        text = route(pattern)
+        if text is None:
+            raise ConfigurationError(f"{pattern!r} can never match: use a string, a number, a mapping or a list.")
+        if len(self._routes) < _MAX_KNOWN:
+            self._routes[written] = text
+        return text
+
+    def _decoder(self, returns: Any) -> codec.Decoder:
+        if returns is None:
+            return codec.decode
+        decode = self._decoders.get(returns)
+        if decode is None:
+            typed = msgspec.json.Decoder(returns)
+
+            def decode(raw: bytes | Raw) -> Any:
+                try:
+                    return typed.decode(raw)
+                except msgspec.ValidationError as error:
+                    message = f"{self.service} answered in another shape than expected: {error}"
+                    raise RpcException({"statusCode": 502, "code": "bad-answer", "message": message}) from error
+
+            self._decoders[returns] = decode
+        return decode
+
+
+class SyncClient:
+    """The face of a client for code without an event loop: views, `def` handlers, commands, a shell."""
+
+    def __init__(self, client: Client, run: Callable[[Coroutine[Any, Any, Any]], Future[Any]]) -> None:
+        self._client = client
+        self._run = run
+
+    def send(self, pattern: Any, data: Any = None, *, timeout: float | None = None, **options: Any) -> Any:
+        """Do what `Client.send` does and wait for it."""
+        return self._wait(self._client.send(pattern, data, timeout=timeout, **options), timeout)
+
+    def stream(
+        self, pattern: Any, data: Any = None, *, timeout: float | None = None, **options: Any
+    ) -> Iterator[Any]:
+        """Do what `Client.stream` does, one value at a time."""
+        values = self._client.stream(pattern, data, timeout=timeout, **options)
+        try:
+            while True:
+                try:
+                    value = self._wait(anext(values), timeout)
+                except StopAsyncIteration:
+                    return
+                yield value
+        finally:
+            self._wait(values.aclose(), timeout)
+
+    def emit(self, pattern: Any, data: Any = None, *, timeout: float | None = None, **options: Any) -> None:
+        """Do what `Client.emit` does and wait for it."""
+        self._wait(self._client.emit(pattern, data, timeout=timeout, **options), timeout)
+
+    def _wait(self, work: Any, timeout: float | None) -> Any:
+        # The call keeps its own deadline; this one only guards against a loop that has stopped.
+        return wait_for(lambda: self._run(work), (timeout or self._client.timeout) + _GRACE)
+
+
+class Clients:
+    """All services that can be called, by name; `clients.events` is the bus."""
+
+    def __init__(self) -> None:
+        self._clients: dict[str, Client] = {}
+        self._home: Loop | None = None
+
+    def __getitem__(self, service: str) -> Client:
+        client = self._clients.get(service)
+        return self._make(service) if client is None else client
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(get_settings().clients)
+
+    @property
+    def events(self) -> Client:
+        """The event bus: an event goes to every service that hears it."""
+        return self[EVENTS]
+
+    def settle(self, loop: Loop | None) -> None:
+        """Make `loop` the one that threads submit their calls to; None for one in the background."""
+        self._home = loop
+
+    async def close(self) -> None:
+        """Close all connections of the running loop."""
+        for client in list(self._clients.values()):
+            await client.close()
+
+    def reset(self) -> None:
+        """Forget all clients: the settings have changed."""
+        self._clients.clear()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Run a coroutine on the application's loop, or in the background where there is none."""
+        home = self._home
+        if home is None or not home.is_running():
+            return _background.run(work)
+        return _submit(work, home)
+
+    def _make(self, service: str) -> Client:
+        settings = get_settings()
+        if service != EVENTS and service not in settings.clients:
+            near = difflib.get_close_matches(service, settings.clients, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(settings.clients) or 'none'}."
+            raise ConfigurationError(f"No service {service!r} in MICROSERVICES['CLIENTS']: {hint}")
+        client = self._clients[service] = Client(
+            service,
+            lambda: _connect(service),
+            source=settings.name,
+            timeout=settings.call_timeout,
+            middlewares=[load(path) for path in settings.client_middleware],
+            run=self.run,
+        )
+        return client
+
+
+def _connect(service: str) -> ClientProxy:
+    settings = get_settings()
+    if service == EVENTS:
+        address = parse(settings.events_url)
+        listeners = [get_microservice(name).dispatcher for name in settings.servers]
+        return client_class(address.scheme)(address, listeners)  # type: ignore[no-any-return]
+    if service in settings.servers:
+        return LocalClient(get_microservice(service).dispatcher)
+    address = parse(settings.clients[service].url)
+    return client_class(address.scheme)(address, service)  # type: ignore[no-any-return]
+
+
+class _Background:
+    """One event loop in a thread, for callers that have none; started when first needed."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loop: Loop | None = None
+
+    def run(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        with self._lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                threading.Thread(target=self._loop.run_forever, name="microservices-loop", daemon=True).start()
+        return _submit(work, self._loop)
+
+
+def _submit(work: Coroutine[Any, Any, T], loop: Loop) -> Future[T]:
+    try:
+        running = asyncio.get_running_loop()
+    except RuntimeError:
+        running = None
+    if running is loop:
+        work.close()
+        raise RuntimeError("This thread runs the event loop: `await client.send(...)` instead of `client.sync`.")
+    return asyncio.run_coroutine_threadsafe(work, loop)
+
+
+_background = _Background()
+clients = Clients()

@@ -1,0 +1,86 @@
+"""Bytes to packets and typed payloads, and back: NestJS's JSON (nest-wire.md section 3)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+from msgspec import Raw
+
+from .exceptions import InvalidPayload, PacketError
+from .packets import Packet, Reply
+
+Decoder = Callable[[bytes | Raw], Any]
+
+_NULL = Raw(b"null")
+_encoder = msgspec.json.Encoder()
+_packets = msgspec.json.Decoder(Packet)
+_replies = msgspec.json.Decoder(Reply)
+
+encode = _encoder.encode
+"""Return JSON bytes for any packet or payload. Raises TypeError for a type that has no JSON form."""
+
+
+def decode_packet(body: bytes | bytearray | memoryview) -> Packet:
+    """Return the request or event in `body`.
+
+    Raises PacketError for JSON that is no packet, and msgspec.DecodeError for what is no JSON.
+    """
+    return _decode(_packets, body, Packet)
+
+
+def decode_reply(body: bytes | bytearray | memoryview) -> Reply:
+    """Return the response packet in `body`; the same errors as `decode_packet`."""
+    return _decode(_replies, body, Reply)
+
+
+def decode(raw: bytes | Raw) -> Any:
+    """Return any JSON value as plain Python objects."""
+    return msgspec.json.decode(raw)
+
+
+def decoder(annotation: Any) -> Decoder:
+    """Compile a function that decodes JSON into `annotation`; it raises InvalidPayload naming the field.
+
+    `annotation` is anything that msgspec can decode: a Struct, a dataclass, a TypedDict, a built-in
+    type, or Any for plain objects. Raises TypeError for a type that JSON cannot fill.
+    """
+    typed = msgspec.json.Decoder(annotation).decode
+
+    def decode_payload(raw: bytes | Raw) -> Any:
+        try:
+            return typed(raw)
+        except msgspec.ValidationError as error:
+            raise invalid_payload(error) from error
+        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+            raise InvalidPayload("The payload is not JSON.") from error
+
+    return decode_payload
+
+
+def invalid_payload(error: msgspec.ValidationError) -> InvalidPayload:
+    """Turn msgspec's one-line complaint into an error with a JSON pointer to the field."""
+    message, _, path = str(error).partition(" - at `$")
+    pointer = "".join(f"/{name or index}" for name, index in _PATH.findall(path.rstrip("`")))
+    missing = _MISSING.search(message)
+    if missing:
+        pointer += f"/{missing[1]}"
+    return InvalidPayload(message.replace("`", "'"), pointer)
+
+
+_PATH = re.compile(r"\.([^.\[\]]+)|\[(\d+|\.\.\.)\]")
+_MISSING = re.compile(r"missing required field `([^`]+)`")
+
+
+def _decode(typed: Any, body: Any, shape: type) -> Any:
+    try:
+        return typed.decode(body)
+    except msgspec.ValidationError as error:
+        # JSON.parse would have taken it: `null` counts as {} and any other value has no pattern.
+        if bytes(body).strip() == b"null":
+            return shape()
+        raise PacketError(str(error)) from error
+    except RecursionError as error:
+        raise PacketError("nested too deeply") from error

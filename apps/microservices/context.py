@@ -1,0 +1,103 @@
+"""What is known about one message beside its payload."""
+
+from __future__ import annotations
+
+import time
+from contextvars import ContextVar
+
+from msgspec import Raw
+
+from .exceptions import DeadlineExceeded
+
+_NO_PATTERN = Raw(b"null")
+
+current: ContextVar[RpcContext | None] = ContextVar("microservices.context", default=None)
+"""The message that this task or thread is working on; calls made meanwhile inherit from it."""
+
+# Facts that belong to the whole journey of a request, not to one hop (reference-system.md section 4).
+_INHERITED = ("traceparent", "tracestate", "identity")
+
+
+class RpcContext:
+    """The second parameter of a handler, and what every Middleware sees of a call.
+
+    `service` is the service called, `pattern` the route, `transport` the URL scheme, `peer` the
+    other side's address, `metadata` the strings that travelled beside the payload, `id` the
+    request's id (None for an event), `deadline` a reading of `time.monotonic()` or None. On the
+    calling side `raw_pattern` is the pattern as JSON, as the caller wrote it, and `patience` the
+    seconds to wait for each next value of a stream.
+    """
+
+    __slots__ = (
+        "deadline",
+        "id",
+        "metadata",
+        "patience",
+        "pattern",
+        "peer",
+        "raw_pattern",
+        "service",
+        "side",
+        "transport",
+    )
+
+    def __init__(
+        self,
+        *,
+        service: str,
+        pattern: str,
+        transport: str,
+        side: str,
+        peer: str = "",
+        metadata: dict[str, str] | None = None,
+        id: str | None = None,
+        deadline: float | None = None,
+        patience: float | None = None,
+        raw_pattern: Raw = _NO_PATTERN,
+    ) -> None:
+        self.service = service
+        self.pattern = pattern
+        self.transport = transport
+        self.side = side
+        self.peer = peer
+        self.metadata = {} if metadata is None else metadata
+        self.id = id
+        self.deadline = deadline
+        self.patience = patience
+        self.raw_pattern = raw_pattern
+
+    def __repr__(self) -> str:
+        return f"<RpcContext {self.side} {self.service} {self.pattern} {self.transport} {self.peer}>"
+
+    def remaining(self) -> float | None:
+        """Return the seconds left, never below zero; None where there is no deadline."""
+        return None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
+
+    def expired(self) -> bool:
+        """Return whether the deadline has passed."""
+        return self.deadline is not None and time.monotonic() >= self.deadline
+
+    def check_deadline(self) -> None:
+        """Raise DeadlineExceeded if the caller has given up."""
+        if self.expired():
+            raise DeadlineExceeded()
+
+    def cap_deadline(self, seconds: float) -> None:
+        """Bring the deadline forward to `seconds` from now, if it is later than that."""
+        cap = time.monotonic() + seconds
+        self.deadline = cap if self.deadline is None else min(cap, self.deadline)
+
+    def inherited(self) -> dict[str, str]:
+        """Return the metadata that calls made on behalf of this message carry on."""
+        return {key: self.metadata[key] for key in _INHERITED if key in self.metadata}
+
+
+def deadline_on_wire(metadata: object) -> float | None:
+    """Return the deadline that a packet's metadata asks for, as a reading of `time.monotonic()`.
+
+    `deadline` travels as milliseconds left, so clocks need not agree; nonsense counts as none.
+    """
+    text = metadata.get("deadline") if isinstance(metadata, dict) else None
+    if not isinstance(text, str) or not text.isascii() or not text.isdigit() or len(text) > 12:
+        return None
+    return time.monotonic() + int(text) / 1000

@@ -1,0 +1,54 @@
+"""The Django database side: which alias a service uses, and connections that are alive."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from django.db import DEFAULT_DB_ALIAS, close_old_connections, connections
+from django.db.models import Model
+
+from .context import RpcContext
+
+
+class ServiceRouter:
+    """Sends each app to the database alias of its own name, and all others to `default`.
+
+    Relations between apps on different aliases are refused, and so are an app's migrations on
+    any alias but its own: a service shares no table with another.
+    """
+
+    def db_for_read(self, model: type[Model], **hints: Any) -> str:
+        """Return the alias to read a model from."""
+        return _alias(model._meta.app_label)
+
+    def db_for_write(self, model: type[Model], **hints: Any) -> str:
+        """Return the alias to write a model to."""
+        return _alias(model._meta.app_label)
+
+    def allow_relation(self, obj1: Model, obj2: Model, **hints: Any) -> bool:
+        """Return whether one object may refer to the other."""
+        return _alias(obj1._meta.app_label) == _alias(obj2._meta.app_label)
+
+    def allow_migrate(self, db: str, app_label: str, **hints: Any) -> bool:
+        """Return whether an app's tables belong on this alias."""
+        return db == _alias(app_label)
+
+
+@contextmanager
+def fresh_connections(context: RpcContext) -> Iterator[None]:
+    """Let a handler start and leave with database connections that can be used.
+
+    A unit-of-work hook. No request signals fire in the pool's threads, so without it CONN_MAX_AGE
+    and health checks never act, and a connection that broke fails every later message.
+    """
+    close_old_connections()
+    try:
+        yield
+    finally:
+        close_old_connections()
+
+
+def _alias(app_label: str) -> str:
+    return app_label if app_label in connections.settings else DEFAULT_DB_ALIAS

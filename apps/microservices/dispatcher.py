@@ -1,0 +1,253 @@
+"""From a packet to its handler and back to a response: the only way into a service."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextvars import Context
+from functools import partial
+from typing import Any, NamedTuple
+
+import msgspec
+from msgspec import UNSET, Raw, UnsetType
+
+from .context import RpcContext, current, deadline_on_wire
+from .exceptions import INTERNAL, DeadlineExceeded, NoHandler, RpcException
+from .executor import Executor, lender
+from .handlers import Colour, Door, Handler
+from .instruments import dropped
+from .middleware import Endpoint, Middleware, chain
+from .packets import Packet, Response, route_in_text, route_on_wire
+
+logger = logging.getLogger("microservices.dispatcher")
+
+Replier = Callable[[Response], Awaitable[None] | None]
+"""Sends one packet of an answer; gives something to await while the peer reads too slowly."""
+
+MAX_SPELLINGS = 4096
+_STREAM_TURN = 64
+
+
+class Target(NamedTuple):
+    """A handler as one door leads to it, its middlewares folded around it."""
+
+    handler: Handler
+    door: Door
+    endpoint: Endpoint
+    in_place: bool
+
+
+class Route(NamedTuple):
+    """What a pattern leads to: the handler that answers, and those that listen."""
+
+    name: str
+    request: Target | None
+    events: tuple[Target, ...]
+
+
+class Dispatcher:
+    """Finds and runs the handlers of one service."""
+
+    def __init__(
+        self, service: str, handlers: Iterable[Handler], executor: Executor, middlewares: Sequence[Middleware] = ()
+    ) -> None:
+        self.service = service
+        self.handlers = tuple(handlers)
+        self._executor = executor
+        self._routes = self._compile(middlewares)
+        # By the pattern's bytes as peers write them. Bounded, since the peer chooses the spelling.
+        self._spellings: dict[bytes, Route] = {}
+
+    @property
+    def routes(self) -> dict[str, Route]:
+        """All routes of the service."""
+        return self._routes
+
+    def hears(self, route: str) -> bool:
+        """Return whether some handler listens to this event."""
+        return route in self._routes and bool(self._routes[route].events)
+
+    def dispatch(
+        self, packet: Packet, reply: Replier, *, transport: str, peer: str, channel: str | None = None
+    ) -> asyncio.Task[None] | None:
+        """Run what a packet asks for; returns the task that does, or None when it is done already.
+
+        Answers go to `reply`. `channel` is the route where the transport knows it better than the
+        packet. The caller owns the task: it keeps it, and cancels it when the peer is gone.
+        """
+        route = self._find(packet.pattern) if channel is None else self._routes.get(channel)
+        is_event = packet.id is UNSET
+        if route is None:
+            if is_event:
+                dropped.add(self.service, transport, "unknown-event")
+            else:
+                reply(Response(id=packet.id, status="error", err=NoHandler().to_wire()))
+            return None
+        context = RpcContext(
+            service=self.service,
+            pattern=route.name,
+            transport=transport,
+            side="server",
+            peer=peer,
+            metadata=packet.metadata if isinstance(packet.metadata, dict) else None,
+            id=None if isinstance(packet.id, UnsetType) else bytes(packet.id).decode("utf-8", "replace").strip('"'),
+            deadline=None if packet.metadata is UNSET else deadline_on_wire(packet.metadata),
+        )
+        if is_event:
+            return self._spawn(self._hear(route, packet.data, context), context)
+        target = route.request or route.events[0]
+        if target.in_place:
+            self._answer_in_place(target, packet.data, context, reply, packet.id)
+            return None
+        return self._spawn(self._answer(target, packet.data, context, reply, packet.id), context)
+
+    # Requests
+
+    def _answer_in_place(
+        self, target: Target, data: Raw | UnsetType, context: RpcContext, reply: Replier, id: Any
+    ) -> None:
+        try:
+            context.check_deadline()
+            value = target.handler.invoke(target.handler.convert(data), context)
+            self._send(reply, Response(response=value, is_disposed=True, id=id), context)
+        except Exception as error:
+            self._send(reply, self._failure(error, context, id), context)
+
+    async def _answer(
+        self, target: Target, data: Raw | UnsetType, context: RpcContext, reply: Replier, id: Any
+    ) -> None:
+        current.set(context)
+        if target.door.deadline is not None:
+            context.cap_deadline(target.door.deadline)
+        timer = self._cancel_at_deadline(context)
+        try:
+            context.check_deadline()
+            result = await target.endpoint(data, context)
+            if target.handler.colour is Colour.STREAM:
+                await self._stream(result, context, reply, id)
+                response = Response(is_disposed=True, id=id)
+            else:
+                response = Response(response=result, is_disposed=True, id=id)
+        except asyncio.CancelledError:
+            if not context.expired():
+                raise
+            response = self._failure(DeadlineExceeded(), context, id)
+        except Exception as error:
+            response = self._failure(error, context, id)
+        finally:
+            if timer is not None:
+                timer.cancel()
+        self._send(reply, response, context)
+
+    async def _stream(self, values: AsyncIterator[Any], context: RpcContext, reply: Replier, id: Any) -> None:
+        sent = 0
+        try:
+            async for value in values:
+                full = reply(Response(response=value, id=id))
+                sent += 1
+                if full is not None:
+                    await full
+                elif sent % _STREAM_TURN == 0:
+                    await asyncio.sleep(0)  # a generator that never waits must not hold the loop
+        finally:
+            if hasattr(values, "aclose"):
+                await values.aclose()
+
+    def _send(self, reply: Replier, response: Response, context: RpcContext) -> None:
+        try:
+            reply(response)
+        except Exception as error:  # it has no JSON form, or is too large for the transport
+            reply(self._failure(error, context, response.id))
+
+    def _failure(self, error: Exception, context: RpcContext, id: Any) -> Response:
+        if isinstance(error, RpcException):
+            return Response(err=error.to_wire(), is_disposed=True, id=id)
+        logger.error("%s %s failed", context.service, context.pattern, exc_info=error)
+        return Response(err={"status": "error", "message": INTERNAL}, is_disposed=True, id=id)
+
+    # Events
+
+    async def _hear(self, route: Route, data: Raw | UnsetType, context: RpcContext) -> None:
+        current.set(context)
+        targets = route.events or ((route.request,) if route.request else ())
+        outcomes = await asyncio.gather(
+            *(target.endpoint(data, context) for target in targets), return_exceptions=True
+        )
+        for target, outcome in zip(targets, outcomes, strict=True):
+            if isinstance(outcome, Exception):
+                logger.error("%s failed to handle %s", target.handler.name, context.pattern, exc_info=outcome)
+            elif hasattr(outcome, "aclose"):
+                await outcome.aclose()  # an event has nobody to stream to
+
+    # Start-up and bookkeeping
+
+    def _compile(self, middlewares: Sequence[Middleware]) -> dict[str, Route]:
+        routes: dict[str, Route] = {}
+        for handler in self.handlers:
+            endpoint = chain(self._innermost(handler), middlewares)
+            in_place = handler.colour is Colour.INLINE and not middlewares
+            for door in handler.doors:
+                target = Target(handler, door, endpoint, in_place)
+                route = routes.get(door.route) or Route(door.route, None, ())
+                # As in NestJS, the last request handler of a pattern wins and all event handlers run.
+                if door.kind == "request":
+                    routes[door.route] = route._replace(request=target)
+                else:
+                    routes[door.route] = route._replace(events=(*route.events, target))
+        return routes
+
+    def _innermost(self, handler: Handler) -> Endpoint:
+        async def in_pool(data: Any, context: RpcContext) -> Any:
+            payload = handler.convert(data)
+            return await self._executor.run(partial(handler.invoke, payload, context), context)
+
+        async def in_task(data: Any, context: RpcContext) -> Any:
+            return await handler.invoke(handler.convert(data), context)
+
+        async def in_place(data: Any, context: RpcContext) -> Any:
+            return handler.invoke(handler.convert(data), context)
+
+        return {Colour.POOL: in_pool, Colour.TASK: in_task}.get(handler.colour, in_place)
+
+    def _find(self, pattern: Raw | UnsetType) -> Route | None:
+        if isinstance(pattern, UnsetType):
+            return None
+        spelling = bytes(pattern)
+        route = self._spellings.get(spelling)
+        if route is None:
+            route = self._read(spelling)
+            if route is not None and len(self._spellings) < MAX_SPELLINGS:
+                self._spellings[spelling] = route
+        return route
+
+    def _read(self, spelling: bytes) -> Route | None:
+        # A text is tried as it stands first, so that handlers named "null" or "1e3" can be reached.
+        try:
+            pattern = msgspec.json.decode(spelling)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return None
+        if isinstance(pattern, str):
+            return self._routes.get(pattern) or self._routes.get(route_in_text(pattern) or "")
+        return self._routes.get(route_on_wire(spelling) or "")
+
+    def _spawn(self, work: Any, context: RpcContext) -> asyncio.Task[None]:
+        # A fresh context for each message; only the thread that lends itself is handed on.
+        fresh = Context()
+        waiting = lender.get()
+        if waiting is not None:
+            fresh.run(lender.set, waiting)
+        return asyncio.get_running_loop().create_task(work, context=fresh)
+
+    @staticmethod
+    def _cancel_at_deadline(context: RpcContext) -> asyncio.TimerHandle | None:
+        remaining = context.remaining()
+        task = asyncio.current_task()
+        if remaining is None or task is None:
+            return None
+
+        def give_up() -> None:
+            context.cap_deadline(0)  # timers may fire a moment early; from here on it has passed
+            task.cancel()
+
+        return asyncio.get_running_loop().call_later(remaining, give_up)

@@ -1,0 +1,178 @@
+"""The decorators that make a function a handler, and the registry of all handlers."""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable, Iterable
+from enum import Enum
+from types import ModuleType
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from msgspec import Raw, UnsetType
+
+from .codec import decoder
+from .context import RpcContext
+from .exceptions import ConfigurationError
+from .packets import pattern_name, route
+
+Retry = Literal["safe", "keyed", "never"]
+F = TypeVar("F", bound=Callable[..., Any])
+
+_DOORS = "__microservice_doors__"
+_NULL = Raw(b"null")
+
+
+class Door(NamedTuple):
+    """One way into a handler."""
+
+    kind: Literal["request", "event"]
+    route: str
+    retry: Retry
+    deadline: float | None
+    inline: bool
+
+    @property
+    def name(self) -> str:
+        return pattern_name(self.route)
+
+
+class Colour(Enum):
+    """Where a handler runs; decided once, by how it is written."""
+
+    POOL = "def: may touch the ORM, runs whole on a thread of the pool"
+    TASK = "async def: a task on the event loop"
+    STREAM = "async def with yield: a task that answers many times"
+    INLINE = "def declared inline: pure and quick, called in place"
+
+
+def message_pattern(
+    pattern: Any, *, retry: Retry = "never", deadline: float | None = None, inline: bool = False
+) -> Callable[[F], F]:
+    """Make a function answer requests with this pattern, as NestJS's `@MessagePattern`.
+
+    `pattern` is a string, a number or a mapping; a list registers the handler under each entry.
+    `retry` says what a repeated call would do: "safe" changes nothing more, "keyed" is told apart
+    by its `idempotency_key`, "never" must not be repeated. `deadline` caps the seconds a call may
+    take. `inline` promises that a plain `def` neither blocks nor touches the ORM.
+    Raises ConfigurationError for a pattern that can never match.
+    """
+    if retry not in ("safe", "keyed", "never"):
+        raise ConfigurationError(f"retry={retry!r}: use 'safe', 'keyed' or 'never'.")
+    return _door("request", pattern, retry, deadline, inline)
+
+
+def event_pattern(pattern: Any, *, inline: bool = False) -> Callable[[F], F]:
+    """Make a function hear events with this pattern, as NestJS's `@EventPattern`.
+
+    Several functions may hear the same event. `pattern` and `inline` are as in `message_pattern`.
+    """
+    return _door("event", pattern, "never", None, inline)
+
+
+def _door(
+    kind: Literal["request", "event"], pattern: Any, retry: Retry, deadline: float | None, inline: bool
+) -> Callable[[F], F]:
+    routes = [route(entry) for entry in (pattern if isinstance(pattern, list) else [pattern])]
+    if not routes or None in routes:
+        raise ConfigurationError(f"{pattern!r} can never match: use a string, a number, a mapping or a list of them.")
+
+    def decorate(function: F) -> F:
+        doors = function.__dict__.setdefault(_DOORS, [])
+        doors.extend(Door(kind, text, retry, deadline, inline) for text in routes if text is not None)
+        return function
+
+    return decorate
+
+
+class Handler:
+    """A function with its doors, compiled: how its payload converts, how it is called, where it runs."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.name = f"{function.__module__}.{function.__qualname__}"
+        self.doors: tuple[Door, ...] = tuple(getattr(function, _DOORS, ()))
+        self.colour = self._colour()
+        parameters = list(inspect.signature(function).parameters.values())
+        required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        if len(required) > 2 or any(p.kind is p.KEYWORD_ONLY for p in required):
+            raise ConfigurationError(f"{self.name}: a handler takes (data, context), (data) or nothing.")
+        self._arguments = min(2, sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters))
+        hints = self._hints()
+        self.payload = hints.get(parameters[0].name, Any) if self._arguments else Any
+        self.result = hints.get("return", Any)
+        try:
+            self._decode = decoder(self.payload)
+        except TypeError as error:
+            raise ConfigurationError(f"{self.name}: JSON cannot become {self.payload!r}: {error}") from error
+
+    def __repr__(self) -> str:
+        return f"<Handler {self.name}>"
+
+    def convert(self, data: Raw | UnsetType) -> Any:
+        """Return the payload as the annotation asks for it. Raises InvalidPayload."""
+        return self._decode(data if isinstance(data, Raw) else _NULL) if self._arguments else None
+
+    def invoke(self, payload: Any, context: RpcContext) -> Any:
+        """Call the function with what it takes."""
+        if self._arguments == 2:
+            return self.function(payload, context)
+        return self.function(payload) if self._arguments else self.function()
+
+    def _colour(self) -> Colour:
+        inline = any(door.inline for door in self.doors)
+        if inspect.isgeneratorfunction(self.function):
+            raise ConfigurationError(f"{self.name}: a stream is `async def` with `yield`.")
+        if inspect.isasyncgenfunction(self.function) or inspect.iscoroutinefunction(self.function):
+            if inline:
+                raise ConfigurationError(f"{self.name}: only a plain `def` can be inline.")
+            return Colour.STREAM if inspect.isasyncgenfunction(self.function) else Colour.TASK
+        return Colour.INLINE if inline else Colour.POOL
+
+    def _hints(self) -> dict[str, Any]:
+        try:
+            return typing.get_type_hints(self.function, include_extras=True)
+        except NameError as error:
+            raise ConfigurationError(
+                f"{self.name}: its annotations must be importable at run time, not only for the type checker: {error}."
+            ) from error
+
+
+def handlers_in(module: ModuleType) -> list[Handler]:
+    """Return the handlers among a module's functions, those it imports from its own package included."""
+    package = module.__name__.rpartition(".")[0]
+    functions = {
+        id(value): value
+        for value in vars(module).values()
+        if inspect.isfunction(value) and hasattr(value, _DOORS) and f"{value.__module__}.".startswith(f"{package}.")
+    }
+    return [Handler(function) for function in functions.values()]
+
+
+class Registry:
+    """Which handlers each service has. Frozen when the applications are ready."""
+
+    def __init__(self) -> None:
+        self._handlers: dict[str, tuple[Handler, ...]] = {}
+        self._frozen = False
+
+    def add(self, service: str, handlers: Iterable[Handler]) -> None:
+        """Give a service more handlers. Raises ConfigurationError once the registry is frozen."""
+        if self._frozen:
+            raise ConfigurationError("Handlers are declared while applications load, not later.")
+        self._handlers[service] = (*self._handlers.get(service, ()), *handlers)
+
+    def freeze(self) -> None:
+        """Refuse further handlers."""
+        self._frozen = True
+
+    def of(self, service: str) -> tuple[Handler, ...]:
+        """Return the handlers of a service, in the order they were declared."""
+        return self._handlers.get(service, ())
+
+    def services(self) -> list[str]:
+        """Return the names of all services that have handlers here."""
+        return list(self._handlers)
+
+
+registry = Registry()

@@ -1,0 +1,233 @@
+"""REST views that only declare: which pattern a method sends, from which data, in which shapes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any, ClassVar
+from urllib.parse import urlencode
+
+from django.http import Http404, HttpRequest, HttpResponse, JsonResponse
+from drf_spectacular.utils import extend_schema
+from rest_framework import exceptions, serializers
+from rest_framework.request import Request
+from rest_framework.response import Response
+from rest_framework.views import APIView
+from rest_framework.views import exception_handler as drf_exception_handler
+
+from .client import clients
+from .exceptions import INTERNAL, RpcException
+
+PROBLEM = "application/problem+json"
+_METHODS = ("get", "post", "put", "patch", "delete")
+
+Shape = type[serializers.Serializer[Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Send:
+    """What a method of a view does: send `pattern` to `service` and answer with the reply.
+
+    The data is one object: the query as `query` reads it, the body as `body` does, and the path's
+    parameters, which win. `returns` shapes the reply; without it the reply passes as it is. With
+    `page` the reply is a list by that name, answered as `{"data": [...], "next": ...}`. `timeout`
+    is in seconds.
+    """
+
+    service: str
+    pattern: Any
+    query: Shape | None = None
+    body: Shape | None = None
+    returns: Shape | None = None
+    page: str | None = None
+    status: int = 200
+    timeout: float | None = None
+    summary: str = ""
+
+
+class RpcView(APIView):
+    """A DRF view whose methods are declarations: `get = Send("users", {"cmd": "get_user"})`."""
+
+    calls: ClassVar[dict[str, Send]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.calls = {method: call for method in _METHODS if isinstance(call := getattr(cls, method, None), Send)}
+        for method, call in cls.calls.items():
+            setattr(cls, method, _documented(call, _method(call), f"{cls.__name__}_{method}"))
+
+    def answer(self, call: Send, request: Request, path: Mapping[str, Any]) -> Response:
+        """Send what `call` declares and shape the reply."""
+        query = _valid(call.query, request.query_params)
+        body = _valid(call.body, request.data) if call.body else {}
+        data = {**query, **body, **path}
+        reply = clients[call.service].sync.send(call.pattern, data, timeout=call.timeout)
+        if call.status == HTTPStatus.NO_CONTENT:
+            return Response(status=call.status)
+        if call.page is None:
+            return Response(_shaped(call, reply), status=call.status)
+        response = Response(_page(call, reply), status=call.status)
+        if response.data["next"] is not None:
+            query = {**request.query_params.dict(), "cursor": response.data["next"]}
+            response["Link"] = f'<{request.path}?{urlencode(query)}>; rel="next"'
+        return response
+
+
+class UnknownPath(APIView):
+    """Answers 404 for paths that nothing else takes."""
+
+    schema = None
+
+    def initial(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        """Refuse any method."""
+        raise exceptions.NotFound("There is nothing at this path.")
+
+
+class ProblemSerializer(serializers.Serializer[Any]):
+    """An error as RFC 9457 describes it."""
+
+    type = serializers.CharField()
+    title = serializers.CharField()
+    status = serializers.IntegerField()
+    detail = serializers.CharField(required=False)
+    instance = serializers.CharField()
+    code = serializers.CharField()
+    errors = serializers.ListField(child=serializers.DictField(), required=False)
+    service = serializers.CharField(required=False)
+    retryable = serializers.BooleanField()
+    retry_after = serializers.IntegerField(required=False)
+
+
+def exception_handler(error: Exception, context: dict[str, Any]) -> Response | None:
+    """Turn an error into an `application/problem+json` answer; REST_FRAMEWORK's EXCEPTION_HANDLER."""
+    request: Request = context["request"]
+    if isinstance(error, RpcException):
+        view, method = context.get("view"), (request.method or "").lower()
+        # HEAD runs the declaration of GET.
+        call = view.calls.get("get" if method == "head" else method) if isinstance(view, RpcView) else None
+        body = _rpc_problem(error, request.path, call.service if call else None)
+        headers = {"Retry-After": str(body["retry_after"])} if "retry_after" in body else {}
+    else:
+        response = drf_exception_handler(error, context)
+        if response is None:
+            return None
+        body = _http_problem(error, response.status_code, request.path)
+        headers = {name: response[name] for name in ("WWW-Authenticate", "Retry-After", "Allow") if name in response}
+    # The browsable page is HTML whatever it shows.
+    renderer = getattr(request, "accepted_renderer", None)
+    content_type = PROBLEM if renderer is None or renderer.format == "json" else None
+    return Response(body, status=body["status"], headers=headers, content_type=content_type)
+
+
+def server_error(request: HttpRequest) -> HttpResponse:
+    """Answer 500 without telling why; the URLconf's handler500."""
+    return JsonResponse(problem(500, "internal", request.path), status=500, content_type=PROBLEM)
+
+
+def problem(status: int, code: str, path: str, detail: str = "", **more: Any) -> dict[str, Any]:
+    """Return the members of a problem document (RFC 9457); what is empty is left out."""
+    try:
+        title = HTTPStatus(status).phrase
+    except ValueError:
+        title = "Error"
+    members = {
+        "type": f"/problems/{code}",
+        "title": title,
+        "status": status,
+        "detail": detail,
+        "instance": path,
+        "code": code,
+        "retryable": status in (429, 503, 504),
+        **more,
+    }
+    return {name: value for name, value in members.items() if value not in ("", None, [])}
+
+
+def only_versioned(endpoints: list[tuple[str, str, str, Any]]) -> list[tuple[str, str, str, Any]]:
+    """Leave the unversioned twins of /api/v1 out of the OpenAPI document."""
+    return [endpoint for endpoint in endpoints if endpoint[0].startswith("/api/v1/")]
+
+
+def _rpc_problem(error: RpcException, path: str, service: str | None) -> dict[str, Any]:
+    status = error.status_code
+    return problem(
+        status,
+        error.code,
+        path,
+        "" if error.message == INTERNAL else error.message,
+        errors=error.errors,
+        service=service,
+        retryable=error.retryable,
+        retry_after=1 if status == HTTPStatus.SERVICE_UNAVAILABLE else None,
+    )
+
+
+def _http_problem(error: Exception, status: int, path: str) -> dict[str, Any]:
+    if isinstance(error, exceptions.ValidationError):
+        return problem(status, "invalid", path, "The data is not valid.", errors=_fields(error.get_full_details()))
+    if isinstance(error, Http404):
+        return problem(status, "not-found", path)
+    codes = error.get_codes() if isinstance(error, exceptions.APIException) else "error"
+    code = codes.replace("_", "-") if isinstance(codes, str) else "error"
+    return problem(status, code, path, str(getattr(error, "detail", "")))
+
+
+def _fields(details: Any, pointer: str = "") -> list[dict[str, Any]]:
+    if isinstance(details, dict) and set(details) == {"message", "code"}:
+        return [{"pointer": pointer, "message": str(details["message"]), "code": details["code"]}]
+    if isinstance(details, dict):
+        pairs = [("" if key == "non_field_errors" else f"/{key}", value) for key, value in details.items()]
+    else:
+        # A list of errors belongs to its field; a list of items has an index for each.
+        leaves = all(isinstance(item, dict) and set(item) == {"message", "code"} for item in details)
+        pairs = [("" if leaves else f"/{index}", item) for index, item in enumerate(details)]
+    return [field for suffix, value in pairs for field in _fields(value, pointer + suffix)]
+
+
+def _valid(shape: Shape | None, given: Any) -> dict[str, Any]:
+    if shape is None:
+        return {}
+    serializer = shape(data=given)
+    serializer.is_valid(raise_exception=True)
+    return dict(serializer.validated_data)
+
+
+def _shaped(call: Send, value: Any, *, many: bool = False) -> Any:
+    if call.returns is None:
+        return value
+    try:
+        return call.returns(value, many=many).data
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        message = f"{call.service} answered in another shape than expected."
+        raise RpcException({"statusCode": 502, "code": "bad-answer", "message": message}) from error
+
+
+def _page(call: Send, reply: Any) -> dict[str, Any]:
+    items = reply.get(call.page) if isinstance(reply, Mapping) else None
+    if not isinstance(items, list):
+        message = f"{call.service} answered without {call.page!r}."
+        raise RpcException({"statusCode": 502, "code": "bad-answer", "message": message})
+    return {"data": _shaped(call, items, many=True), "next": reply.get("next")}
+
+
+def _method(call: Send) -> Any:
+    def method(self: RpcView, request: Request, **path: Any) -> Response:
+        return self.answer(call, request, path)
+
+    return method
+
+
+def _documented(call: Send, method: Any, name: str) -> Any:
+    shape: Any = call.returns
+    if call.page is not None and call.returns is not None:
+        items = call.returns(many=True)
+        following = serializers.CharField(allow_null=True, help_text="The cursor of the next page.")
+        shape = type(f"{name}_page", (serializers.Serializer,), {"data": items, "next": following})
+    return extend_schema(
+        operation_id=name,
+        summary=call.summary or None,
+        parameters=[call.query] if call.query else None,
+        request=call.body,
+        responses={call.status: shape, ("default", PROBLEM): ProblemSerializer},
+    )(method)

@@ -1,0 +1,96 @@
+"""One process of the fleet: an embedded HTTP server and the microservices under one lifecycle."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import signal
+import socket
+from typing import Any
+
+import uvicorn
+
+from .exceptions import ConfigurationError
+from .lifecycle import State, lifecycle, until_signalled
+
+logger = logging.getLogger("microservices")
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn's server without its signal handling: the process has one owner, and it is not this."""
+
+    def __init__(self, application: Any, grace: float) -> None:
+        super().__init__(
+            uvicorn.Config(
+                application,
+                lifespan="off",
+                access_log=False,
+                log_config=None,
+                log_level="warning",
+                ws="none",
+                server_header=False,
+                timeout_graceful_shutdown=int(grace),
+            )
+        )
+
+    def capture_signals(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
+        return contextlib.nullcontext()
+
+    def finish(self) -> None:
+        """Take no more requests and end when the running ones have."""
+        self.should_exit = True
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Return a socket bound to a port. Raises ConfigurationError where it is taken."""
+    # Bound here, since inside its loop uvicorn would answer a taken port with SystemExit.
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        raise ConfigurationError(f"HTTP cannot listen on {host}:{port}: {error.strerror or error}") from error
+    bound.set_inheritable(False)
+    return bound
+
+
+def run(application: Any, host: str, port: int) -> None:
+    """Serve HTTP and the microservices of this process until SIGTERM or SIGINT, then drain.
+
+    Raises ConfigurationError when a port cannot be bound.
+    """
+    with bind(host, port) as bound, asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(_serve(application, bound))
+
+
+async def _serve(application: Any, bound: socket.socket) -> None:
+    http = HttpServer(application, lifecycle.grace)
+    serving = asyncio.create_task(http.serve(sockets=[bound]), name="http")
+    signalled = asyncio.create_task(until_signalled(), name="signals")
+    try:
+        # Health is served first, so that probes hear "starting" instead of nothing.
+        await lifecycle.start()
+        gc.freeze()  # what start-up has made stays: the collector need not look at it again
+        logger.info("ready, http on %s:%d", *bound.getsockname()[:2])
+        done, _ = await asyncio.wait({serving, signalled}, return_when=asyncio.FIRST_COMPLETED)
+        if signalled in done:
+            logger.info("%s: draining", signal.Signals(signalled.result()).name)
+    finally:
+        if lifecycle.state is not State.STOPPED:
+            await lifecycle.drain()
+        http.finish()
+        await serving
+        await lifecycle.stop()
+        signalled.cancel()
+        logger.info("stopped")
+
+
+def _loop_factory() -> Any:
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop

@@ -1,0 +1,1 @@
+"""What tells people what happens: each sink one file, each with an off switch."""

@@ -1,0 +1,138 @@
+"""One log line a call, on both sides: pattern, peer, time, status and id, never a payload."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+
+from ..context import RpcContext
+from ..exceptions import RpcException
+from ..instruments import dropped
+from ..middleware import Endpoint
+from ..packets import pattern_name
+
+_Line = tuple[float, RpcContext, float, int]
+
+_FIELDS = ("side", "service", "pattern", "status", "ms", "transport", "peer", "id")
+
+
+class CallLog:
+    """A Middleware that notes each call and leaves the formatting to a thread of its own.
+
+    A line through `logging` costs many times what a call does, so the call only appends to a
+    bounded queue. `logger` receives the records; what the thread cannot keep up with is dropped
+    and counted.
+    """
+
+    def __init__(self, logger: logging.Logger | None = None, *, limit: int = 10_000) -> None:
+        self._logger = logger or logging.getLogger("microservices.calls")
+        self._limit = limit
+        self._lines: deque[_Line] = deque()
+        self._wake = threading.Event()
+        self._writing = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def __call__(self, endpoint: Endpoint) -> Endpoint:
+        async def logged(data: Any, context: RpcContext) -> Any:
+            started = time.perf_counter()
+            try:
+                result = await endpoint(data, context)
+            except RpcException as error:
+                self._note(context, started, error.status_code)
+                raise
+            except BaseException:
+                self._note(context, started, 500)
+                raise
+            if hasattr(result, "__aiter__"):
+                return self._to_the_end(result, context, started)
+            self._note(context, started, 200)
+            return result
+
+        return logged
+
+    def flush(self) -> None:
+        """Write what waits, now."""
+        with self._writing:
+            while self._lines:
+                self._write(*self._lines.popleft())
+
+    async def _to_the_end(self, values: AsyncIterator[Any], context: RpcContext, started: float) -> AsyncIterator[Any]:
+        status = 500
+        try:
+            async for value in values:
+                yield value
+            status = 200
+        except RpcException as error:
+            status = error.status_code
+            raise
+        finally:
+            self._note(context, started, status)
+            if hasattr(values, "aclose"):
+                await values.aclose()
+
+    def _note(self, context: RpcContext, started: float, status: int) -> None:
+        if len(self._lines) >= self._limit:
+            dropped.add(context.service, "call-log", "full")
+            return
+        self._lines.append((time.time(), context, (time.perf_counter() - started) * 1000, status))
+        if not self._wake.is_set():
+            self._wake.set()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="call-log", daemon=True)
+                self._thread.start()
+
+    def _run(self) -> None:
+        while True:
+            self._wake.wait()
+            time.sleep(0.05)  # lines come in bursts: gather them
+            self._wake.clear()
+            self.flush()
+
+    def _write(self, at: float, context: RpcContext, ms: float, status: int) -> None:
+        level = logging.WARNING if status >= 500 else logging.INFO
+        if not self._logger.isEnabledFor(level):
+            return
+        values = (
+            context.side,
+            context.service,
+            pattern_name(context.pattern),
+            status,
+            round(ms, 1),
+            context.transport,
+            context.peer or "-",
+            context.id or "-",
+        )
+        record = self._logger.makeRecord(
+            self._logger.name,
+            level,
+            "",
+            0,
+            "%s %s %s %d %.1f ms %s %s %s",
+            values,
+            None,
+            extra={"fields": dict(zip(_FIELDS, values, strict=True))},
+        )
+        record.created = at
+        self._logger.handle(record)
+
+
+class JsonFormatter(logging.Formatter):
+    """Formats a record as one line of JSON."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S") + f".{int(record.msecs):03d}",
+            "level": record.levelname,
+            "logger": record.name,
+        }
+        fields = getattr(record, "fields", None)
+        line.update(fields or {"message": record.getMessage()})
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return msgspec.json.encode(line).decode()

@@ -1,0 +1,76 @@
+"""Transports by URL scheme: which class serves it, which class calls it."""
+
+from __future__ import annotations
+
+import difflib
+from importlib import import_module
+from typing import Any, NamedTuple
+from urllib.parse import parse_qsl, urlsplit
+
+import msgspec
+
+from ..exceptions import ConfigurationError
+
+SCHEMES = {
+    "memory": ("microservices.transports.local.MemoryServer", "microservices.transports.local.MemoryBus"),
+    "tcp": ("microservices.transports.tcp.TcpServer", "microservices.transports.tcp.TcpClient"),
+}
+
+
+class Address(NamedTuple):
+    """Where a service is: `scheme://host:port?option=value`."""
+
+    scheme: str
+    host: str
+    port: int
+    options: dict[str, str]
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.host}:{self.port}" if self.host else f"{self.scheme}://"
+
+
+def parse(url: str) -> Address:
+    """Split a URL. Raises ConfigurationError for an unknown scheme, naming the nearest, or a bad port."""
+    parts = urlsplit(url)
+    if parts.scheme not in SCHEMES:
+        near = difflib.get_close_matches(parts.scheme, SCHEMES, n=1)
+        hint = f" Did you mean {near[0]}://?" if near else f" Known: {', '.join(f'{s}://' for s in SCHEMES)}."
+        raise ConfigurationError(f"Unknown transport {parts.scheme or url!r} in {url!r}.{hint}")
+    if "," in parts.netloc:
+        raise ConfigurationError(f"{url!r} holds several addresses: give one address for each service.")
+    try:
+        port = parts.port
+    except ValueError as error:
+        raise ConfigurationError(f"{url!r}: {error}.") from error
+    if parts.scheme == "tcp" and not (parts.hostname and port):
+        raise ConfigurationError(f"{url!r} must name a host and a port, as in tcp://127.0.0.1:3001.")
+    return Address(parts.scheme, parts.hostname or "", port or 0, dict(parse_qsl(parts.query)))
+
+
+def server_class(scheme: str) -> Any:
+    """Import the Server class of a scheme."""
+    return _import(SCHEMES[scheme][0])
+
+
+def client_class(scheme: str) -> Any:
+    """Import the ClientProxy class of a scheme."""
+    return _import(SCHEMES[scheme][1])
+
+
+def read_options(shape: type[Any], address: Address) -> Any:
+    """Fill a transport's options Struct from the URL's query. Raises ConfigurationError for a bad one."""
+    known = [field.name for field in msgspec.structs.fields(shape)]
+    for name in address.options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}."
+            raise ConfigurationError(f"{address}: unknown option {name!r}; {hint}")
+    try:
+        return msgspec.convert(address.options, shape, strict=False)
+    except msgspec.ValidationError as error:
+        raise ConfigurationError(f"{address}: {error}") from error
+
+
+def _import(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(import_module(module), name)

@@ -1,0 +1,312 @@
+"""All that a transport is: a Server that listens and a ClientProxy that calls."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import AsyncIterator
+from enum import StrEnum
+from typing import Any, ClassVar
+
+from msgspec import UNSET, Raw
+
+from ..context import RpcContext
+from ..dispatcher import Dispatcher, Replier
+from ..exceptions import DeadlineExceeded, RpcException, Unavailable
+from ..packets import Event, Packet, Reply, Request
+from . import Address
+
+
+class Status(StrEnum):
+    """Where a connection stands."""
+
+    DISCONNECTED = "disconnected"
+    CONNECTING = "connecting"
+    CONNECTED = "connected"
+    CLOSED = "closed"
+
+
+class Server(ABC):
+    """Brings packets to a dispatcher and its answers back."""
+
+    scheme: ClassVar[str]
+
+    def __init__(self, address: Address, dispatcher: Dispatcher) -> None:
+        self.address = address
+        self.dispatcher = dispatcher
+        self.status = Status.DISCONNECTED
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @abstractmethod
+    async def listen(self) -> None:
+        """Bind or subscribe; return when ready. Raises OSError where that is impossible."""
+
+    @abstractmethod
+    async def close(self, grace: float) -> None:
+        """Stop taking messages, let running ones finish for `grace` seconds, disconnect."""
+
+    @abstractmethod
+    def unwrap(self) -> Any:
+        """Return the native object behind this server."""
+
+    def handle(
+        self, packet: Packet, reply: Replier, *, peer: str, channel: str | None = None
+    ) -> asyncio.Task[None] | None:
+        """Hand a packet to the dispatcher; returns the task that works on it, if one has to."""
+        task = self.dispatcher.dispatch(packet, reply, transport=self.scheme, peer=peer, channel=channel)
+        if task is not None:
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def finish(self, grace: float) -> int:
+        """Wait for running handlers; cancel and count those that take longer than `grace` seconds."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=grace)
+        late = list(self._tasks)
+        for task in late:
+            task.cancel()
+        if late:
+            await asyncio.wait(late, timeout=1)
+        return len(late)
+
+
+class ClientProxy(ABC):
+    """Calls one service: keeps the calls that wait for an answer, by id."""
+
+    scheme: ClassVar[str]
+    max_pending = 10_000
+    max_buffered_values = 1024
+
+    def __init__(self, address: Address, service: str) -> None:
+        self.address = address
+        self.service = service
+        self.status = Status.DISCONNECTED
+        self._pending: dict[str, _Call | _Stream] = {}
+        # Unique across processes, so that one id finds a call in the logs of both sides.
+        self._prefix = os.urandom(6).hex()
+        self._count = 0
+
+    # What a transport does
+
+    @abstractmethod
+    async def connect(self) -> None:
+        """Return when a message can be handed over. Raises Unavailable."""
+
+    @abstractmethod
+    async def publish(self, request: Request, route: str) -> None:
+        """Hand over a request. Its answers come back through `receive`."""
+
+    @abstractmethod
+    async def dispatch_event(self, event: Event, route: str) -> None:
+        """Hand over an event; return when that is done, raise Unavailable where it is not."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Disconnect and fail all pending calls."""
+
+    @abstractmethod
+    def unwrap(self) -> Any:
+        """Return the native object behind this client."""
+
+    def abandon(self, id: str) -> None:
+        """Called when nobody waits for this request any more; the protocol has no word for it."""
+
+    # What every transport is given
+
+    async def send(self, data: Any, context: RpcContext) -> Raw | None:
+        """Make the request that `context` names and return its first value as JSON; None where there is none.
+
+        Raises RpcException: the handler's error, NoHandler, Unavailable or DeadlineExceeded.
+        """
+        await self._until_ready(context)
+        call = _Call(asyncio.get_running_loop().create_future())
+        timer = self._give_up_at_deadline(call, context)
+        context.id = id = self._enter(call)
+        try:
+            await self.publish(self._request(data, context, id), context.pattern)
+            return await call.future
+        except asyncio.CancelledError:
+            self.abandon(id)
+            raise
+        except DeadlineExceeded:
+            self.abandon(id)
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+            self._pending.pop(id, None)
+
+    async def stream(self, data: Any, context: RpcContext) -> AsyncIterator[Raw]:
+        """Make a request and yield its values as JSON until it completes.
+
+        Raises as `send`, also when the values are taken too slowly for the bounded buffer.
+        """
+        await self._until_ready(context)
+        inbox = _Stream(self.max_buffered_values)
+        context.id = id = self._enter(inbox)
+        try:
+            await self.publish(self._request(data, context, id), context.pattern)
+            while True:
+                wait = min((w for w in (context.patience, context.remaining()) if w is not None), default=None)
+                try:
+                    async with asyncio.timeout(wait):
+                        value = await inbox.get()
+                except TimeoutError:
+                    raise DeadlineExceeded() from None
+                if value is _END:
+                    return
+                yield value
+        finally:
+            inbox.open()
+            if self._pending.pop(id, None) is not None:
+                self.abandon(id)
+
+    async def emit(self, data: Any, context: RpcContext) -> None:
+        """Hand over an event. Raises Unavailable or DeadlineExceeded when it was not handed over."""
+        await self._until_ready(context)
+        try:
+            async with asyncio.timeout(context.remaining()):
+                event = Event(context.raw_pattern, data, context.metadata or UNSET)
+                await self.dispatch_event(event, context.pattern)
+        except TimeoutError:
+            raise DeadlineExceeded() from None
+
+    def receive(self, reply: Reply) -> asyncio.Future[None] | None:
+        """Take one packet of an answer; an unknown id is somebody who gave up, and is ignored.
+
+        Gives something to wait for where the caller takes its values too slowly: a transport
+        that can hold the sender back should, since a stream that overflows fails.
+        """
+        waiting = self._pending.get(reply.id) if isinstance(reply.id, str) else None
+        if waiting is None:
+            return None
+        if reply.err:
+            self._pending.pop(reply.id, None)
+            waiting.fail(RpcException.from_wire(reply.err))
+            return None
+        full = waiting.take(reply.response) if isinstance(reply.response, Raw) else None
+        if reply.is_disposed:
+            self._pending.pop(reply.id, None)
+            waiting.end()
+        return full
+
+    def fail_pending(self, error: RpcException) -> None:
+        """Fail every call that waits for an answer."""
+        waiting, self._pending = self._pending, {}
+        for call in waiting.values():
+            call.fail(error)
+
+    def ready(self) -> bool:
+        """Whether a message can be handed over at once, without `connect`."""
+        return False
+
+    async def _until_ready(self, context: RpcContext) -> None:
+        context.check_deadline()
+        if self.status is Status.CLOSED:
+            raise Unavailable(f"The client of {self.service} is closed.", code="closed")
+        if len(self._pending) >= self.max_pending:
+            raise Unavailable(f"Too many calls to {self.service} wait for an answer.", code="overloaded")
+        if self.ready():
+            return
+        try:
+            async with asyncio.timeout(context.remaining()):
+                await self.connect()
+        except TimeoutError:
+            raise DeadlineExceeded(f"{self.service} did not take the call in time.") from None
+
+    def _enter(self, waiting: _Call | _Stream) -> str:
+        self._count += 1
+        id = f"{self._prefix}{self._count:x}"
+        self._pending[id] = waiting
+        return id
+
+    def _request(self, data: Any, context: RpcContext, id: str) -> Request:
+        remaining = context.remaining()
+        metadata = context.metadata
+        if remaining is not None:
+            metadata = {**metadata, "deadline": str(int(remaining * 1000))}
+        return Request(context.raw_pattern, data, metadata or UNSET, id)
+
+    def _give_up_at_deadline(self, call: _Call, context: RpcContext) -> asyncio.TimerHandle | None:
+        remaining = context.remaining()
+        if remaining is None:
+            return None
+        error = DeadlineExceeded(f"{self.service} did not answer in time.")
+        return asyncio.get_running_loop().call_later(remaining, call.fail, error)
+
+
+class _Call:
+    """One request for one value."""
+
+    __slots__ = ("future",)
+
+    def __init__(self, future: asyncio.Future[Raw | None]) -> None:
+        self.future = future
+
+    def take(self, value: Raw) -> None:
+        if not self.future.done():
+            self.future.set_result(value)
+
+    def end(self) -> None:
+        if not self.future.done():
+            self.future.set_result(None)
+
+    def fail(self, error: RpcException) -> None:
+        if not self.future.done():
+            self.future.set_exception(error)
+
+
+_END = object()
+
+
+class _Stream:
+    """The values of one request, waiting to be taken; never more than `limit`."""
+
+    __slots__ = ("_limit", "_room", "_values", "_wake")
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._values: deque[Any] = deque()
+        self._wake = asyncio.Event()
+        self._room: asyncio.Future[None] | None = None
+
+    async def get(self) -> Any:
+        while not self._values:
+            self._wake.clear()
+            await self._wake.wait()
+        value = self._values.popleft()
+        if self._room is not None and len(self._values) <= self._limit // 4:
+            self.open()
+        if isinstance(value, RpcException):
+            raise value
+        return value
+
+    def take(self, value: Raw) -> asyncio.Future[None] | None:
+        if len(self._values) >= self._limit:
+            overflow = {"statusCode": 500, "code": "stream-overflow", "message": "The values came too fast."}
+            self._values.clear()
+            self.fail(RpcException(overflow))
+            return None
+        self._put(value)
+        if len(self._values) >= self._limit // 2 and self._room is None:
+            self._room = asyncio.get_running_loop().create_future()
+        return self._room
+
+    def end(self) -> None:
+        self._put(_END)
+
+    def fail(self, error: RpcException) -> None:
+        self._put(error)
+
+    def open(self) -> None:
+        """Let a sender that was held back go on."""
+        room, self._room = self._room, None
+        if room is not None and not room.done():
+            room.set_result(None)
+
+    def _put(self, value: Any) -> None:
+        self._values.append(value)
+        self._wake.set()

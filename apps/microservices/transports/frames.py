@@ -1,0 +1,95 @@
+"""NestJS's TCP frames: `<length>#<json>`, the length counted in UTF-16 code units (nest-wire.md section 7)."""
+
+from __future__ import annotations
+
+from ..exceptions import FrameError
+
+MAX_HEADER = 10
+_CONTINUATION = bytes(range(0x80, 0xC0))
+_ASTRAL = bytes(range(0xF0, 0x100))
+
+
+def frame(body: bytes) -> bytes:
+    """Return `body`, UTF-8 text, with its length in front."""
+    return b"%d#%b" % (len(body) if body.isascii() else utf16_units(body), body)
+
+
+def utf16_units(text: bytes) -> int:
+    """Return how many UTF-16 code units the UTF-8 text takes: one a character, two beyond U+FFFF."""
+    return 2 * len(text) - len(text.translate(None, _ASTRAL)) - (len(text) - len(text.translate(None, _CONTINUATION)))
+
+
+class FrameReader:
+    """Cuts a stream of bytes into frames, in time linear in the bytes, however they arrive."""
+
+    def __init__(self, max_units: int) -> None:
+        self._max_units = max_units
+        self._buffer: bytes | bytearray = b""
+        self._start = 0  # where the next frame, or the body being read, begins
+        self._left = -1  # units of the body still to be found; -1 while the header is not complete
+        self._scanned = 0  # the body's bytes up to here are counted
+
+    @property
+    def partial(self) -> bool:
+        """Whether a frame has begun but not ended."""
+        return self._start < len(self._buffer) or self._left >= 0
+
+    def feed(self, data: bytes) -> None:
+        """Add what has arrived."""
+        if self._start == len(self._buffer) and self._left < 0:
+            self._buffer = data
+            self._start = 0
+            return
+        if not isinstance(self._buffer, bytearray):
+            self._buffer = bytearray(self._buffer)
+        del self._buffer[: self._start]  # moves the front, copies nothing
+        self._scanned -= self._start
+        self._start = 0
+        self._buffer += data
+
+    def next(self) -> bytes | None:
+        """Return the next body, or None while it is not complete. Raises FrameError."""
+        if self._left < 0 and not self._read_header():
+            return None
+        buffer = self._buffer
+        while self._left > 0:
+            if len(buffer) - self._scanned < self._left:  # a unit is at least one byte
+                return None
+            piece = bytes(buffer[self._scanned : self._scanned + self._left])
+            self._scanned += len(piece)
+            self._left -= len(piece) if piece.isascii() else utf16_units(piece)
+        if self._left < 0:
+            raise FrameError("The packet length ends inside a character.")
+        end = self._end_of_character()
+        if end > len(buffer):
+            return None
+        body = bytes(buffer[self._start : end])
+        self._start = end
+        self._left = -1
+        return body
+
+    def _read_header(self) -> bool:
+        mark = self._buffer.find(b"#", self._start, self._start + MAX_HEADER + 1)
+        header = self._buffer[self._start : mark if mark >= 0 else self._start + MAX_HEADER + 1]
+        if (mark < 0 and len(header) <= MAX_HEADER and (header.isdigit() or not header)):
+            return False
+        if mark < 0 or not header.isdigit():
+            text = bytes(header).decode("ascii", "replace")
+            raise FrameError(f'Corrupted length value "{text}" supplied in a packet')
+        units = int(header)
+        if units > self._max_units:
+            raise FrameError(f"The packet length ({units}) exceeds the maximum allowed length ({self._max_units})")
+        self._start = self._scanned = mark + 1
+        self._left = units
+        return True
+
+    def _end_of_character(self) -> int:
+        """Return where the last counted character ends; its first byte is among the scanned ones."""
+        buffer, lead = self._buffer, self._scanned - 1
+        if lead < self._start or buffer[lead] < 0x80:
+            return self._scanned
+        while lead > self._start and 0x80 <= buffer[lead] < 0xC0:
+            lead -= 1
+        first = buffer[lead]
+        width = 4 if first >= 0xF0 else 3 if first >= 0xE0 else 2 if first >= 0xC0 else 1
+        return max(self._scanned, lead + width)

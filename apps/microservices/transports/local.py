@@ -1,0 +1,134 @@
+"""Services of the same process: called through codec and dispatcher, and told of events in memory."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from msgspec import UNSET, Raw
+
+from .. import codec
+from ..dispatcher import Dispatcher
+from ..exceptions import RpcException, Unavailable
+from ..packets import Event, Reply, Request, Response
+from . import Address
+from .base import ClientProxy, Server, Status
+
+
+class LocalClient(ClientProxy):
+    """Calls a service that lives in this process. No object is shared: every value becomes JSON and back."""
+
+    scheme = "local"
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        super().__init__(Address("local", "", 0, {}), dispatcher.service)
+        self._dispatcher = dispatcher
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self.status = Status.CONNECTED
+
+    def ready(self) -> bool:
+        return self.status is Status.CONNECTED
+
+    async def connect(self) -> None:
+        """Nothing to connect to."""
+
+    async def publish(self, request: Request, route: str) -> None:
+        packet = codec.decode_packet(_encode(request))
+        task = self._dispatcher.dispatch(packet, self._reply, transport=self.scheme, peer="")
+        if task is not None:
+            self._tasks[request.id] = task
+            task.add_done_callback(lambda _: self._tasks.pop(request.id, None))
+
+    async def dispatch_event(self, event: Event, route: str) -> None:
+        packet = codec.decode_packet(_encode(event))
+        task = self._dispatcher.dispatch(packet, _nobody, transport=self.scheme, peer="")
+        if task is not None:
+            key = f"event-{id(task)}"
+            self._tasks[key] = task
+            task.add_done_callback(lambda _: self._tasks.pop(key, None))
+
+    def abandon(self, id: str) -> None:
+        task = self._tasks.get(id)
+        if task is not None:
+            task.cancel()
+
+    async def close(self) -> None:
+        self.status = Status.CLOSED
+        self.fail_pending(Unavailable(f"The client of {self.service} is closed.", code="closed"))
+        for task in list(self._tasks.values()):
+            task.cancel()
+
+    def unwrap(self) -> Dispatcher:
+        return self._dispatcher
+
+    def _reply(self, response: Response) -> asyncio.Future[None] | None:
+        value = response.response
+        return self.receive(
+            Reply(
+                id=codec.decode(response.id),
+                response=value if value is UNSET else Raw(codec.encode(value)),
+                err=None if response.err is UNSET else codec.decode(codec.encode(response.err)),
+                is_disposed=response.is_disposed is True or response.err is not UNSET,
+            )
+        )
+
+
+class MemoryBus(ClientProxy):
+    """The event bus of one process: each service that hears an event gets it once, after `emit` returns."""
+
+    scheme = "memory"
+    max_running = 1000
+    patience = 5.0
+
+    def __init__(self, address: Address, dispatchers: Sequence[Dispatcher]) -> None:
+        super().__init__(address, "events")
+        self._dispatchers = dispatchers
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._room = asyncio.Semaphore(self.max_running)
+        self.status = Status.CONNECTED
+
+    async def connect(self) -> None:
+        """Nothing to connect to; `emit` waits for room instead."""
+
+    async def publish(self, request: Request, route: str) -> None:
+        raise RpcException("An event bus answers no requests.")
+
+    async def dispatch_event(self, event: Event, route: str) -> None:
+        packet = codec.decode_packet(_encode(event))
+        for dispatcher in self._dispatchers:
+            if not dispatcher.hears(route):
+                continue
+            await self._room.acquire()
+            task = dispatcher.dispatch(packet, _nobody, transport=self.scheme, peer="", channel=route)
+            if task is None:
+                self._room.release()
+            else:
+                self._tasks.add(task)
+                task.add_done_callback(self._done)
+
+    async def close(self) -> None:
+        """Let running handlers finish for a moment: what was emitted is not taken back."""
+        self.status = Status.CLOSED
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=self.patience)
+        for task in list(self._tasks):
+            task.cancel()
+
+    def unwrap(self) -> Sequence[Dispatcher]:
+        return self._dispatchers
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._room.release()
+
+
+def _encode(packet: Request | Event) -> bytes:
+    try:
+        return codec.encode(packet)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise RpcException({"statusCode": 400, "code": "not-json", "message": f"The data has no JSON form: {error}"}) from error
+
+
+def _nobody(response: Response) -> None:
+    """Where the answer to an event goes."""

@@ -1,0 +1,466 @@
+"""NestJS's TCP transport (nest-wire.md section 7): one connection a client, answers in any order."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import aclosing
+from contextvars import Context
+from functools import partial
+from typing import Any, cast
+
+import msgspec
+from msgspec import UNSET, Raw
+
+from .. import codec
+from ..context import RpcContext
+from ..dispatcher import Dispatcher
+from ..exceptions import ConnectionLost, FrameError, PacketError, RpcException, Unavailable
+from ..instruments import dropped
+from ..packets import Event, Request, Response
+from . import Address, read_options
+from .base import ClientProxy, Server, Status
+from .frames import FrameReader, frame
+
+logger = logging.getLogger("microservices.tcp")
+
+FRAMES_PER_TURN = 64
+_LIMIT = 1024 * 1024
+
+
+class ServerOptions(msgspec.Struct, frozen=True):
+    """What a server's URL may set: sizes in UTF-16 units or bytes, times in seconds."""
+
+    max_buffer_size: int = _LIMIT
+    max_send_buffer_size: int = _LIMIT
+    incomplete_message_timeout: float = 10
+    idle_timeout: float = 300
+    max_in_flight: int = 256
+    max_connections: int = 1024
+
+
+class ClientOptions(msgspec.Struct, frozen=True):
+    """What a client's URL may set: sizes in UTF-16 units or bytes, times in seconds."""
+
+    max_buffer_size: int = _LIMIT
+    max_send_buffer_size: int = _LIMIT
+    connect_timeout: float = 5
+
+
+class _Connection(asyncio.Protocol):
+    """Cuts what is read into packets, gathers what is written, and holds both within bounds."""
+
+    transport: asyncio.Transport
+
+    def __init__(self, max_buffer_size: int, max_send_buffer_size: int) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._frames = FrameReader(max_buffer_size)
+        self._max_units = max_buffer_size
+        self._max_unsent = max_send_buffer_size
+        self._out: list[bytes] = []
+        self._out_size = 0
+        self._flushing = False
+        self._pumping = False
+        self._holding = False
+        self._writable: asyncio.Future[None] | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        self.transport.set_write_buffer_limits(high=self._max_unsent)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._out.clear()
+        if self._writable is not None and not self._writable.done():
+            self._writable.set_result(None)
+
+    # Reading
+
+    def take(self, body: bytes) -> None:
+        """Handle one frame's body."""
+        raise NotImplementedError
+
+    def refuse(self, error: Exception) -> None:
+        """End a connection whose bytes make no sense."""
+        raise NotImplementedError
+
+    def held(self) -> bool:
+        """Whether nothing more should be read for now."""
+        return self._writable is not None
+
+    def data_received(self, data: bytes) -> None:
+        self._frames.feed(data)
+        self.pump()
+
+    def pump(self) -> None:
+        """Handle the frames that are complete, a bounded number a turn, then write what they gave."""
+        if self.transport.is_closing():
+            return
+        self._pumping = True
+        try:
+            for _ in range(FRAMES_PER_TURN):
+                if self.held():
+                    self._hold()
+                    break
+                body = self._frames.next()
+                if body is None:
+                    self._release()
+                    break
+                self.take(body)
+            else:
+                self._hold()
+                self._loop.call_soon(self.pump)
+        except FrameError as error:
+            self.refuse(error)
+        finally:
+            self._pumping = False
+            self.flush()
+
+    def _hold(self) -> None:
+        if not self._holding and not self.transport.is_closing():
+            self._holding = True
+            self.transport.pause_reading()
+
+    def _release(self) -> None:
+        if self._holding and not self.transport.is_closing():
+            self._holding = False
+            self.transport.resume_reading()
+
+    # Writing
+
+    def write(self, packet: Request | Event | Response) -> None:
+        """Put a packet into the next write. Raises RpcException for one that is too large or no JSON."""
+        if self.transport.is_closing():
+            return
+        data = frame(codec.encode(packet))
+        if len(data) > self._max_units:
+            raise RpcException(
+                {
+                    "statusCode": 500,
+                    "code": "packet-too-large",
+                    "message": f"A packet of {len(data)} bytes exceeds the limit of {self._max_units}.",
+                }
+            )
+        self._out.append(data)
+        self._out_size += len(data)
+        if self._out_size > self._max_unsent:
+            self.flush()
+        elif not self._pumping and not self._flushing:
+            self._flushing = True
+            self._loop.call_soon(self.flush)
+
+    def flush(self) -> None:
+        """Write all that has gathered, in one call."""
+        self._flushing = False
+        if self._out:
+            data = self._out[0] if len(self._out) == 1 else b"".join(self._out)
+            self._out.clear()
+            self._out_size = 0
+            self.transport.write(data)
+
+    def pause_writing(self) -> None:
+        self._writable = self._loop.create_future()
+
+    def resume_writing(self) -> None:
+        writable, self._writable = self._writable, None
+        if writable is not None and not writable.done():
+            writable.set_result(None)
+        self.pump()
+
+    def congestion(self) -> asyncio.Future[None] | None:
+        """What to await while the peer reads too slowly."""
+        return self._writable
+
+
+class _ServerConnection(_Connection):
+    """A peer of the server, with the requests that it waits for."""
+
+    def __init__(self, server: TcpServer) -> None:
+        options = server.options
+        super().__init__(options.max_buffer_size, options.max_send_buffer_size)
+        self._server = server
+        self._options = options
+        self._requests: set[asyncio.Task[None]] = set()
+        self._half_frame: asyncio.TimerHandle | None = None
+        self._idle: asyncio.TimerHandle | None = None
+        self._active_at = self._loop.time()
+        self._no_more = False
+        self.peer = ""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        host, port = (transport.get_extra_info("peername") or ("", 0))[:2]
+        self.peer = f"{host}:{port}"
+        if not self._server.admit(self):
+            dropped.add(self._server.dispatcher.service, "tcp", "too-many-connections")
+            self.transport.abort()
+            return
+        self._watch_idleness()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        super().connection_lost(error)
+        self._server.forget(self)
+        for timer in (self._half_frame, self._idle):
+            if timer is not None:
+                timer.cancel()
+        for task in list(self._requests):
+            task.cancel()  # nobody is left to answer
+
+    def eof_received(self) -> bool:
+        # A peer that only closed its writing side still gets what it asked for.
+        self._no_more = True
+        return bool(self._requests)
+
+    def data_received(self, data: bytes) -> None:
+        self._active_at = self._loop.time()
+        super().data_received(data)
+
+    def pump(self) -> None:
+        super().pump()
+        waiting = self._frames.partial and not self.held() and not self._holding
+        if not waiting and self._half_frame is not None:
+            self._half_frame.cancel()
+            self._half_frame = None
+        elif waiting and self._half_frame is None and not self.transport.is_closing():
+            seconds = self._options.incomplete_message_timeout
+            self._half_frame = self._loop.call_later(seconds, self._half_frame_is_late)
+
+    def held(self) -> bool:
+        return super().held() or self._no_more or len(self._requests) >= self._options.max_in_flight
+
+    def take(self, body: bytes) -> None:
+        if self._half_frame is not None:  # its time counts from the frame's first byte
+            self._half_frame.cancel()
+            self._half_frame = None
+        try:
+            packet = codec.decode_packet(body)
+        except PacketError:
+            dropped.add(self._server.dispatcher.service, "tcp", "no-packet")
+            return
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise FrameError(f"Could not parse JSON: {error}") from error
+        task = self._server.handle(packet, self.reply, peer=self.peer)
+        if task is not None and packet.id is not UNSET:
+            self._requests.add(task)
+            task.add_done_callback(self._answered)
+
+    def reply(self, response: Response) -> Awaitable[None] | None:
+        """Send one packet of an answer."""
+        self.write(response)
+        return self.congestion()
+
+    def refuse(self, error: Exception) -> None:
+        logger.warning("Invalid message from tcp peer %s: %s", self.peer, error)
+        dropped.add(self._server.dispatcher.service, "tcp", "bad-frame")
+        self.flush()
+        self.transport.close()
+
+    def stop_reading(self) -> None:
+        """Take no further request; running ones are still answered."""
+        self._no_more = True
+        self._hold()
+
+    def _answered(self, task: asyncio.Task[None]) -> None:
+        self._requests.discard(task)
+        self._active_at = self._loop.time()
+        if self._no_more and not self._requests:
+            self.flush()
+            if not self._server.closing:
+                self.transport.close()
+        elif self._holding:
+            self.pump()
+
+    def _half_frame_is_late(self) -> None:
+        self.refuse(FrameError("The rest of a packet did not come in time."))
+
+    def _watch_idleness(self) -> None:
+        idle_for = self._loop.time() - self._active_at
+        left = self._options.idle_timeout - idle_for
+        if left > 0 or self._requests:
+            self._idle = self._loop.call_later(max(left, 1), self._watch_idleness)
+        else:
+            self.transport.abort() if self.held() else self.transport.close()
+
+
+class TcpServer(Server):
+    """Listens for NestJS clients and our own."""
+
+    scheme = "tcp"
+
+    def __init__(self, address: Address, dispatcher: Dispatcher) -> None:
+        super().__init__(address, dispatcher)
+        self.options: ServerOptions = read_options(ServerOptions, address)
+        self.closing = False
+        self._server: asyncio.Server | None = None
+        self._connections: set[_ServerConnection] = set()
+
+    async def listen(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(
+            partial(_ServerConnection, self), self.address.host, self.address.port, backlog=1024
+        )
+        self.status = Status.CONNECTED
+
+    async def close(self, grace: float) -> None:
+        self.closing = True
+        if self._server is not None:
+            self._server.close()
+        for connection in list(self._connections):
+            connection.stop_reading()
+        await self.finish(grace)
+        for connection in list(self._connections):
+            connection.flush()
+            connection.transport.close()
+        self.status = Status.CLOSED
+
+    def unwrap(self) -> asyncio.Server | None:
+        return self._server
+
+    @property
+    def port(self) -> int:
+        """The port that it really listens on."""
+        assert self._server is not None
+        return int(self._server.sockets[0].getsockname()[1])
+
+    def admit(self, connection: _ServerConnection) -> bool:
+        """Count a connection in, if there is room for it."""
+        if len(self._connections) >= self.options.max_connections:
+            return False
+        self._connections.add(connection)
+        return True
+
+    def forget(self, connection: _ServerConnection) -> None:
+        """Count a connection out."""
+        self._connections.discard(connection)
+
+
+class _ClientConnection(_Connection):
+    """The client's connection to its server."""
+
+    def __init__(self, client: TcpClient) -> None:
+        super().__init__(client.options.max_buffer_size, client.options.max_send_buffer_size)
+        self._client = client
+        self._full = False
+        self._why: Exception | None = None
+
+    def connection_lost(self, error: Exception | None) -> None:
+        super().connection_lost(error)
+        self._client.lost(self, self._why or error)
+
+    def take(self, body: bytes) -> None:
+        try:
+            reply = codec.decode_reply(body)
+        except (PacketError, msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise FrameError(f"Could not parse JSON: {error}") from error
+        full = self._client.receive(reply)
+        if full is not None and not self._full:
+            self._full = True
+            full.add_done_callback(self._has_room)
+
+    def held(self) -> bool:
+        return self._full
+
+    def refuse(self, error: Exception) -> None:
+        self._why = error
+        self.transport.abort()
+
+    def _has_room(self, _: asyncio.Future[None]) -> None:
+        self._full = False
+        self.pump()
+
+
+class TcpClient(ClientProxy):
+    """Calls a NestJS service or one of ours; connects when first used and again after a loss."""
+
+    scheme = "tcp"
+
+    def __init__(self, address: Address, service: str) -> None:
+        super().__init__(address, service)
+        self.options: ClientOptions = read_options(ClientOptions, address)
+        self._connection: _ClientConnection | None = None
+        self._opening: asyncio.Task[None] | None = None
+
+    def ready(self) -> bool:
+        return self._connection is not None and self._connection.congestion() is None
+
+    async def connect(self) -> None:
+        if self._connection is None:
+            if self._opening is None:
+                # Shared by all who wait, so it belongs to none of them: neither context nor cancellation.
+                self._opening = asyncio.get_running_loop().create_task(self._open(), context=Context())
+            await asyncio.shield(self._opening)
+            if self._connection is None:
+                raise Unavailable(f"{self.service} cannot be reached at {self.address}: {self._failure}.")
+        congestion = self._connection.congestion()
+        if congestion is not None:
+            await asyncio.shield(congestion)
+
+    async def publish(self, request: Request, route: str) -> None:
+        self._live().write(request)
+
+    async def dispatch_event(self, event: Event, route: str) -> None:
+        connection = self._live()
+        # NestJS sends an event's pattern as its route.
+        connection.write(Event(route, event.data, event.metadata))
+        connection.flush()
+        congestion = connection.congestion()
+        if congestion is not None:
+            await asyncio.shield(congestion)
+        if connection is not self._connection:
+            raise ConnectionLost()
+
+    async def stream(self, data: Any, context: RpcContext) -> AsyncIterator[Raw]:
+        # A connection of its own: a slow reader holds up nobody else, and closing it is the only
+        # way to tell a NestJS server that nobody reads any more.
+        private = TcpClient(self.address, self.service)
+        try:
+            async with aclosing(ClientProxy.stream(private, data, context)) as values:
+                async for value in values:
+                    yield value
+        finally:
+            await private.close()
+
+    async def close(self) -> None:
+        self.status = Status.CLOSED
+        if self._opening is not None:
+            self._opening.cancel()
+        if self._connection is not None:
+            self._connection.flush()
+            self._connection.transport.close()
+        self.fail_pending(Unavailable(f"The client of {self.service} is closed.", code="closed"))
+
+    def unwrap(self) -> asyncio.Transport | None:
+        return self._connection.transport if self._connection is not None else None
+
+    def lost(self, connection: _ClientConnection, error: Exception | None) -> None:
+        """Fail all pending calls at once; the next call connects again."""
+        if connection is self._connection:
+            self._connection = None
+            if self.status is not Status.CLOSED:
+                self.status = Status.DISCONNECTED
+        self.fail_pending(ConnectionLost(f"Connection closed: {error}" if error else "Connection closed"))
+
+    def _live(self) -> _ClientConnection:
+        if self._connection is None:
+            raise Unavailable(f"{self.service} closed the connection before the call was sent.")
+        return self._connection
+
+    async def _open(self) -> None:
+        self.status = Status.CONNECTING
+        self._failure: Exception | str = ""
+        host, port = self.address.host, self.address.port
+        try:
+            async with asyncio.timeout(self.options.connect_timeout):
+                _, connection = await asyncio.get_running_loop().create_connection(
+                    partial(_ClientConnection, self), host, port
+                )
+            self._connection = connection
+            self.status = Status.CONNECTED
+        except TimeoutError:
+            self._failure = f"no connection within {self.options.connect_timeout:g} s"
+        except OSError as error:
+            self._failure = error.strerror or str(error)
+        finally:
+            if self.status is Status.CONNECTING:
+                self.status = Status.DISCONNECTED
+            self._opening = None

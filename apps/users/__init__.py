@@ -1,0 +1,1 @@
+"""The users service: who the customers and the staff of the shop are."""

@@ -1,0 +1,199 @@
+"""All settings, for every role of a process: derived from fleet.py and from the environment."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import environ
+from django.core.exceptions import ImproperlyConfigured
+
+from . import fleet
+
+DATA_DIR = Path(__file__).resolve().parent.parent / "data"
+
+# Any variable may come as <NAME>_FILE, the path of a file that holds it.
+env = environ.FileAwareEnv()
+
+DEBUG = env.bool("DEBUG", default=False)
+
+# Not env.str: it takes a key that starts with "$" for the name of another variable.
+SECRET_KEY = env.ENVIRON.get("SECRET_KEY", "").strip()
+if not SECRET_KEY:
+    if not DEBUG:
+        raise ImproperlyConfigured(
+            "Set SECRET_KEY, or SECRET_KEY_FILE, to a long random string; for development set DEBUG=1 instead."
+        )
+    SECRET_KEY = "insecure-key-for-development-only"  # noqa: S105 - says so itself
+
+ALLOWED_HOSTS = env.list("ALLOWED_HOSTS", default=["localhost", "127.0.0.1", "[::1]"])
+
+
+# Who lives here, and whether the doors are open
+
+MAP = ["gateway", *fleet.SERVICES]
+HERE = env.list("SERVICES", default=[]) or MAP
+if unknown := [name for name in HERE if name not in MAP]:
+    raise ImproperlyConfigured(f"SERVICES names {', '.join(unknown)}; config/fleet.py knows {', '.join(MAP)}.")
+GATEWAY = "gateway" in HERE
+SERVICES = [name for name in fleet.SERVICES if name in HERE]
+
+
+def service_url(name: str) -> str:
+    """Return where a service is: one URL, or several with commas between."""
+    url: str = env.str(f"{name.upper()}_URL", default=fleet.SERVICES[name]["url"])
+    return url.strip()
+
+
+def health_port(name: str) -> int:
+    """Return the port of a service's health page; HEALTH_PORT counts for one that lives alone."""
+    port = fleet.SERVICES[name]["health"]
+    return env.int("HEALTH_PORT", default=port) if [name] == HERE else port
+
+
+PLACES = {name: {"url": service_url(name), "health": health_port(name)} for name in fleet.SERVICES}
+
+MICROSERVICES = {
+    "NAME": HERE[0] if len(HERE) == 1 else "shop",
+    "CLIENTS": PLACES,
+    "SERVERS": {name: PLACES[name] for name in SERVICES},
+    "HTTP_PORT": env.int("HTTP_PORT", default=env.int("PORT", default=fleet.HTTP_PORT)),
+    "LISTEN": env.bool("LISTEN", default="runserver" not in sys.argv),
+    "EVENTS_URL": env.str("EVENTS_URL", default="memory://"),
+    "CALL_TIMEOUT": env.float("CALL_TIMEOUT", default=5.0),
+    "DRAIN_TIMEOUT": env.float("DRAIN_TIMEOUT", default=30.0),
+    "SERVER_MIDDLEWARE": ["microservices.telemetry.logging.CallLog"],
+    "CLIENT_MIDDLEWARE": ["microservices.telemetry.logging.CallLog"],
+}
+
+
+# Apps
+
+INSTALLED_APPS = ["microservices", *SERVICES]
+if GATEWAY:
+    INSTALLED_APPS = [
+        "daphne",  # before staticfiles: both have a runserver, the first one is taken
+        "django.contrib.admin",
+        "django.contrib.auth",
+        "django.contrib.contenttypes",
+        "django.contrib.sessions",
+        "django.contrib.messages",
+        "django.contrib.staticfiles",
+        "rest_framework",
+        "drf_spectacular",
+        "drf_spectacular_sidecar",
+        "channels",
+        "microservices",
+        "gateway",
+        *SERVICES,
+    ]
+
+
+# Databases: an alias per service that lives here; `default` is the gateway's
+
+# Deferred transactions fail with "database is locked" when two writers upgrade at once.
+SQLITE = {
+    "transaction_mode": "IMMEDIATE",
+    "timeout": 5,
+    "init_command": "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;",
+}
+
+
+def database(name: str) -> dict[str, Any]:
+    """Return the database of a service: <NAME>_DATABASE_URL, or an SQLite file of its own."""
+    config: dict[str, Any]
+    if url := env.str(f"{name.upper()}_DATABASE_URL", default="").strip():
+        config = env.db_url_config(url)
+    else:
+        DATA_DIR.mkdir(exist_ok=True)
+        config = {"ENGINE": "django.db.backends.sqlite3", "NAME": DATA_DIR / f"{name}.sqlite3"}
+    if config["ENGINE"].endswith("sqlite3"):
+        config["OPTIONS"] = SQLITE | config.get("OPTIONS", {})
+    return {
+        # Kept open: the threads of the pool serve message after message, and no request ends there.
+        "CONN_MAX_AGE": 600,
+        "CONN_HEALTH_CHECKS": True,
+        # Django's tests would make `default` first, which a process without the gateway has not.
+        "TEST": {"DEPENDENCIES": []},
+        **config,
+    }
+
+
+# Empty without the gateway, so that a query that names no alias fails loudly.
+DATABASES = {"default": database("gateway") if GATEWAY else {}}
+DATABASES |= {name: database(name) for name in SERVICES}
+DATABASE_ROUTERS = ["microservices.db.ServiceRouter"]
+DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
+
+
+# HTTP
+
+ASGI_APPLICATION = "config.asgi.application"
+ROOT_URLCONF = "config.urls"
+
+# A process without the gateway only tells how it is.
+MIDDLEWARE = GATEWAY * [
+    "django.middleware.security.SecurityMiddleware",
+    "django.contrib.sessions.middleware.SessionMiddleware",
+    "django.middleware.common.CommonMiddleware",
+    "django.middleware.csrf.CsrfViewMiddleware",
+    "django.contrib.auth.middleware.AuthenticationMiddleware",
+    "django.contrib.messages.middleware.MessageMiddleware",
+    "django.middleware.clickjacking.XFrameOptionsMiddleware",
+    # Last, against its own advice. It is sync, so all those above run with it in one thread;
+    # otherwise each would hop to a thread and back, which doubles the cost of a request.
+    "whitenoise.middleware.WhiteNoiseMiddleware",
+]
+
+TEMPLATES = [
+    {
+        "BACKEND": "django.template.backends.django.DjangoTemplates",
+        "APP_DIRS": True,
+        "OPTIONS": {
+            "context_processors": [
+                "django.template.context_processors.request",
+                "django.contrib.auth.context_processors.auth",
+                "django.contrib.messages.context_processors.messages",
+            ]
+        },
+    }
+]
+
+STATIC_URL = "/static/"
+WHITENOISE_USE_FINDERS = True  # the API's page and the admin work without collectstatic
+
+REST_FRAMEWORK = {
+    "EXCEPTION_HANDLER": "microservices.rest.exception_handler",
+    "DEFAULT_AUTHENTICATION_CLASSES": [],
+    "DEFAULT_PERMISSION_CLASSES": ["rest_framework.permissions.AllowAny"],
+    "DEFAULT_SCHEMA_CLASS": "drf_spectacular.openapi.AutoSchema",
+}
+
+SPECTACULAR_SETTINGS = {
+    "TITLE": "Shop API",
+    "VERSION": "1",
+    "SERVE_INCLUDE_SCHEMA": False,
+    "SWAGGER_UI_DIST": "SIDECAR",
+    "SWAGGER_UI_FAVICON_HREF": "SIDECAR",
+    "REDOC_DIST": "SIDECAR",
+    "PREPROCESSING_HOOKS": ["microservices.rest.only_versioned"],
+}
+
+
+# Time, and the log on stderr
+
+USE_TZ = True
+TIME_ZONE = "UTC"
+
+LOG_FORMAT = env.str("LOG_FORMAT", default="text" if DEBUG else "json", choices=["text", "json"])
+LOGGING = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {
+        "text": {"format": "{asctime} {levelname} {name} {message}", "style": "{"},
+        "json": {"()": "microservices.telemetry.logging.JsonFormatter"},
+    },
+    "handlers": {"console": {"class": "logging.StreamHandler", "formatter": LOG_FORMAT}},
+    "root": {"handlers": ["console"], "level": env.str("LOG_LEVEL", default="INFO").upper()},
+    # Without handlers of its own: Django's would print each line a second time.
+    "loggers": {"django": {"handlers": []}},
+}
