@@ -31,7 +31,7 @@ ALLOWED_HOSTS = env.list("ALLOWED_HOSTS", default=["localhost", "127.0.0.1", "[:
 # Who lives here, and whether the doors are open
 
 MAP = ["gateway", *fleet.SERVICES]
-HERE = env.list("SERVICES", default=[]) or MAP
+HERE = [name.strip() for name in env.list("SERVICES", default=[])] or MAP
 if unknown := [name for name in HERE if name not in MAP]:
     raise ImproperlyConfigured(f"SERVICES names {', '.join(unknown)}; config/fleet.py knows {', '.join(MAP)}.")
 GATEWAY = "gateway" in HERE

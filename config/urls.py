@@ -2,6 +2,7 @@
 
 from django.apps import apps
 from django.urls import URLPattern, URLResolver, include, path
+
 from microservices.health import health_urls
 
 urlpatterns: list[URLPattern | URLResolver] = [*health_urls()]

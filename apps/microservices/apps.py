@@ -22,7 +22,7 @@ class MicroservicesConfig(AppConfig):
 
     def ready(self) -> None:
         """Collect `handlers.py` of every app, then freeze the registry."""
-        from . import checks  # noqa: F401, PLC0415 - registers the system checks
+        from . import checks  # noqa: F401 - registers the system checks
 
         for app in apps.get_app_configs():
             if app.module is not None and module_has_submodule(app.module, "handlers"):

@@ -10,10 +10,10 @@ from typing import Any
 from django.apps import AppConfig, apps
 from django.core import checks
 
+from . import transports
 from .conf import Settings, get_settings
 from .exceptions import ConfigurationError
 from .handlers import registry
-from .transports import parse
 
 
 @checks.register("microservices")
@@ -106,11 +106,12 @@ def _services() -> dict[str, AppConfig]:
 
 
 def _bad_urls(settings: Settings) -> Iterator[checks.CheckMessage]:
-    named = {f"CLIENTS[{name!r}]": service.url for name, service in settings.clients.items()}
-    named |= {f"SERVERS[{name!r}]": service.url for name, service in settings.servers.items()}
-    for where, url in {**named, "EVENTS_URL": settings.events_url}.items():
+    named: list[tuple[str, str, transports.Role]] = [("EVENTS_URL", settings.events_url, "bus")]
+    named += [(f"CLIENTS[{name!r}]", service.url, "client") for name, service in settings.clients.items()]
+    named += [(f"SERVERS[{name!r}]", service.url, "server") for name, service in settings.servers.items()]
+    for where, url, role in named:
         try:
-            parse(url)
+            transports.load(transports.parse(url), role)
         except ConfigurationError as error:
             yield checks.Error(f"MICROSERVICES {where}: {error}", id="microservices.E006")
 
@@ -131,7 +132,7 @@ def _ports_used_twice(settings: Settings) -> Iterator[checks.CheckMessage]:
 
 def _addresses(url: str) -> Iterator[Any]:
     try:
-        yield parse(url)
+        yield transports.parse(url)
     except ConfigurationError:
         return  # E006 tells
 

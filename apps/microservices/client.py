@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import msgspec
 from msgspec import Raw
 
-from . import codec
+from . import codec, transports
 from .conf import get_settings, load
 from .context import RpcContext, current
 from .exceptions import ConfigurationError, RpcException
@@ -22,7 +22,6 @@ from .executor import wait_for
 from .microservice import get_microservice
 from .middleware import Endpoint, Middleware, chain
 from .packets import route
-from .transports import client_class, parse
 from .transports.base import ClientProxy
 from .transports.local import LocalClient
 
@@ -206,9 +205,7 @@ class SyncClient:
         """Do what `Client.send` does and wait for it."""
         return self._wait(self._client.send(pattern, data, timeout=timeout, **options), timeout)
 
-    def stream(
-        self, pattern: Any, data: Any = None, *, timeout: float | None = None, **options: Any
-    ) -> Iterator[Any]:
+    def stream(self, pattern: Any, data: Any = None, *, timeout: float | None = None, **options: Any) -> Iterator[Any]:
         """Do what `Client.stream` does, one value at a time."""
         values = self._client.stream(pattern, data, timeout=timeout, **options)
         try:
@@ -289,13 +286,13 @@ class Clients:
 def _connect(service: str) -> ClientProxy:
     settings = get_settings()
     if service == EVENTS:
-        address = parse(settings.events_url)
+        address = transports.parse(settings.events_url)
         listeners = [get_microservice(name).dispatcher for name in settings.servers]
-        return client_class(address.scheme)(address, listeners)  # type: ignore[no-any-return]
+        return transports.load(address, "bus")(address, listeners)  # type: ignore[no-any-return]
     if service in settings.servers:
         return LocalClient(get_microservice(service).dispatcher)
-    address = parse(settings.clients[service].url)
-    return client_class(address.scheme)(address, service)  # type: ignore[no-any-return]
+    address = transports.parse(settings.clients[service].url)
+    return transports.load(address, "client")(address, service)  # type: ignore[no-any-return]
 
 
 class _Background:

@@ -28,12 +28,14 @@ def decode_packet(body: bytes | bytearray | memoryview) -> Packet:
 
     Raises PacketError for JSON that is no packet, and msgspec.DecodeError for what is no JSON.
     """
-    return _decode(_packets, body, Packet)
+    packet: Packet = _decode(_packets, body, Packet)
+    return packet
 
 
 def decode_reply(body: bytes | bytearray | memoryview) -> Reply:
     """Return the response packet in `body`; the same errors as `decode_packet`."""
-    return _decode(_replies, body, Reply)
+    reply: Reply = _decode(_replies, body, Reply)
+    return reply
 
 
 def decode(raw: bytes | Raw) -> Any:

@@ -111,7 +111,7 @@ class Dispatcher:
             context.check_deadline()
             value = target.handler.invoke(target.handler.convert(data), context)
             self._send(reply, Response(response=value, is_disposed=True, id=id), context)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - logged and answered
             self._send(reply, self._failure(error, context, id), context)
 
     async def _answer(
@@ -133,7 +133,7 @@ class Dispatcher:
             if not context.expired():
                 raise
             response = self._failure(DeadlineExceeded(), context, id)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - logged and answered
             response = self._failure(error, context, id)
         finally:
             if timer is not None:
@@ -157,7 +157,7 @@ class Dispatcher:
     def _send(self, reply: Replier, response: Response, context: RpcContext) -> None:
         try:
             reply(response)
-        except Exception as error:  # it has no JSON form, or is too large for the transport
+        except Exception as error:  # noqa: BLE001 - no JSON form, or too large: logged and answered
             reply(self._failure(error, context, response.id))
 
     def _failure(self, error: Exception, context: RpcContext, id: Any) -> Response:
@@ -171,9 +171,7 @@ class Dispatcher:
     async def _hear(self, route: Route, data: Raw | UnsetType, context: RpcContext) -> None:
         current.set(context)
         targets = route.events or ((route.request,) if route.request else ())
-        outcomes = await asyncio.gather(
-            *(target.endpoint(data, context) for target in targets), return_exceptions=True
-        )
+        outcomes = await asyncio.gather(*(target.endpoint(data, context) for target in targets), return_exceptions=True)
         for target, outcome in zip(targets, outcomes, strict=True):
             if isinstance(outcome, Exception):
                 logger.error("%s failed to handle %s", target.handler.name, context.pattern, exc_info=outcome)

@@ -101,7 +101,7 @@ class Job:
             result = Context().run(self._run)
         except StopIteration as stop:  # a future cannot carry it
             error = RuntimeError(f"a handler raised StopIteration: {stop}")
-        except BaseException as raised:
+        except BaseException as raised:  # noqa: BLE001 - it is raised again where it is awaited
             error = raised
         try:
             self._loop.call_soon_threadsafe(self._settle, result, error)

@@ -6,12 +6,12 @@ import logging
 from collections.abc import Sequence
 from functools import cache
 
+from . import transports
 from .conf import get_settings, load
 from .dispatcher import Dispatcher
 from .exceptions import ConfigurationError
 from .executor import Executor
 from .handlers import registry
-from .transports import parse, server_class
 from .transports.base import Server
 
 logger = logging.getLogger("microservices")
@@ -29,13 +29,14 @@ class Microservice:
     async def listen(self) -> None:
         """Open all doors. Raises ConfigurationError for one that cannot be opened, naming it."""
         for url in self.urls:
-            address = parse(url)
-            server: Server = server_class(address.scheme)(address, self.dispatcher)
+            address = transports.parse(url)
+            server: Server = transports.load(address, "server")(address, self.dispatcher)
             try:
                 await server.listen()
             except OSError as error:
                 await self.close(0)
-                raise ConfigurationError(f"{self.name} cannot listen on {address}: {error.strerror or error}") from error
+                reason = error.strerror or error
+                raise ConfigurationError(f"{self.name} cannot listen on {address}: {reason}") from error
             self.servers.append(server)
             logger.info("%s listens on %s", self.name, address)
 

@@ -66,13 +66,9 @@ class Reply(msgspec.Struct, gc=False, rename="camel"):
 
 MAX_DEPTH = 5
 MAX_KEYS = 20
-_WEIGHTS = {
-    char: weight
-    for weight, chars in enumerate(
-        [*" _-,;:!?.'\"()[]{}@*/\\&#%`^+<=>|~$", *"0123456789", *zip("abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVWXYZ")]
-    )
-    for char in chars
-}
+_ORDER = " _-,;:!?.'\"()[]{}@*/\\&#%`^+<=>|~$0123456789abcdefghijklmnopqrstuvwxyz"
+_WEIGHTS = {char: weight for weight, char in enumerate(_ORDER)}
+_WEIGHTS |= {char.upper(): weight for char, weight in _WEIGHTS.items()}
 
 
 def route(pattern: Any) -> str | None:
@@ -131,7 +127,8 @@ def _object(pattern: Any, depth: int) -> str:
     fields = {str(key): value for key, value in items}
     if len(fields) > MAX_KEYS:
         return "[TOO_MANY_KEYS]"
-    return "{" + ",".join(f'"{_escape(key)}":{_value(fields[key], depth)}' for key in sorted(fields, key=_collation)) + "}"
+    keys = sorted(fields, key=_collation)
+    return "{" + ",".join(f'"{_escape(key)}":{_value(fields[key], depth)}' for key in keys) + "}"
 
 
 def _value(value: Any, depth: int) -> str:

@@ -93,7 +93,7 @@ class ProblemSerializer(serializers.Serializer[Any]):
     detail = serializers.CharField(required=False)
     instance = serializers.CharField()
     code = serializers.CharField()
-    errors = serializers.ListField(child=serializers.DictField(), required=False)
+    errors = serializers.ListField(child=serializers.DictField(), required=False)  # type: ignore[assignment]
     service = serializers.CharField(required=False)
     retryable = serializers.BooleanField()
     retry_after = serializers.IntegerField(required=False)

@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import difflib
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from urllib.parse import parse_qsl, urlsplit
 
 import msgspec
 
 from ..exceptions import ConfigurationError
 
+
+class Transport(NamedTuple):
+    """The dotted paths of a scheme's classes: what serves it, what calls it, what carries events for all."""
+
+    server: str = ""
+    client: str = ""
+    bus: str = ""
+
+
 SCHEMES = {
-    "memory": ("microservices.transports.local.MemoryServer", "microservices.transports.local.MemoryBus"),
-    "tcp": ("microservices.transports.tcp.TcpServer", "microservices.transports.tcp.TcpClient"),
+    "memory": Transport(bus="microservices.transports.local.MemoryBus"),
+    "tcp": Transport(
+        server="microservices.transports.tcp.TcpServer",
+        client="microservices.transports.tcp.TcpClient",
+    ),
 }
+
+Role = Literal["server", "client", "bus"]
+_ROLES = {"server": "serve a service", "client": "call a service", "bus": "carry events"}
 
 
 class Address(NamedTuple):
@@ -47,14 +62,14 @@ def parse(url: str) -> Address:
     return Address(parts.scheme, parts.hostname or "", port or 0, dict(parse_qsl(parts.query)))
 
 
-def server_class(scheme: str) -> Any:
-    """Import the Server class of a scheme."""
-    return _import(SCHEMES[scheme][0])
-
-
-def client_class(scheme: str) -> Any:
-    """Import the ClientProxy class of a scheme."""
-    return _import(SCHEMES[scheme][1])
+def load(address: Address, role: Role) -> Any:
+    """Import the class that plays `role` for an address. Raises ConfigurationError where there is none."""
+    path: str = getattr(SCHEMES[address.scheme], role)
+    if not path:
+        fit = ", ".join(f"{scheme}://" for scheme, transport in SCHEMES.items() if getattr(transport, role))
+        raise ConfigurationError(f"{address.scheme}:// cannot {_ROLES[role]}; use {fit}.")
+    module, _, name = path.rpartition(".")
+    return getattr(import_module(module), name)
 
 
 def read_options(shape: type[Any], address: Address) -> Any:
@@ -69,8 +84,3 @@ def read_options(shape: type[Any], address: Address) -> Any:
         return msgspec.convert(address.options, shape, strict=False)
     except msgspec.ValidationError as error:
         raise ConfigurationError(f"{address}: {error}") from error
-
-
-def _import(path: str) -> Any:
-    module, _, name = path.rpartition(".")
-    return getattr(import_module(module), name)

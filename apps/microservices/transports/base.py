@@ -6,7 +6,7 @@ import asyncio
 import os
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from enum import StrEnum
 from typing import Any, ClassVar
 
@@ -111,7 +111,7 @@ class ClientProxy(ABC):
     def unwrap(self) -> Any:
         """Return the native object behind this client."""
 
-    def abandon(self, id: str) -> None:
+    def abandon(self, id: str) -> None:  # noqa: B027 - most transports have nothing to do here
         """Called when nobody waits for this request any more; the protocol has no word for it."""
 
     # What every transport is given
@@ -139,7 +139,7 @@ class ClientProxy(ABC):
                 timer.cancel()
             self._pending.pop(id, None)
 
-    async def stream(self, data: Any, context: RpcContext) -> AsyncIterator[Raw]:
+    async def stream(self, data: Any, context: RpcContext) -> AsyncGenerator[Raw]:
         """Make a request and yield its values as JSON until it completes.
 
         Raises as `send`, also when the values are taken too slowly for the bounded buffer.

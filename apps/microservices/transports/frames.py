@@ -71,7 +71,7 @@ class FrameReader:
     def _read_header(self) -> bool:
         mark = self._buffer.find(b"#", self._start, self._start + MAX_HEADER + 1)
         header = self._buffer[self._start : mark if mark >= 0 else self._start + MAX_HEADER + 1]
-        if (mark < 0 and len(header) <= MAX_HEADER and (header.isdigit() or not header)):
+        if mark < 0 and len(header) <= MAX_HEADER and (header.isdigit() or not header):
             return False
         if mark < 0 or not header.isdigit():
             text = bytes(header).decode("ascii", "replace")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any
 
 from msgspec import UNSET, Raw
 
@@ -13,7 +12,7 @@ from ..dispatcher import Dispatcher
 from ..exceptions import RpcException, Unavailable
 from ..packets import Event, Reply, Request, Response
 from . import Address
-from .base import ClientProxy, Server, Status
+from .base import ClientProxy, Status
 
 
 class LocalClient(ClientProxy):
@@ -127,7 +126,8 @@ def _encode(packet: Request | Event) -> bytes:
     try:
         return codec.encode(packet)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise RpcException({"statusCode": 400, "code": "not-json", "message": f"The data has no JSON form: {error}"}) from error
+        message = f"The data has no JSON form: {error}"
+        raise RpcException({"statusCode": 400, "code": "not-json", "message": message}) from error
 
 
 def _nobody(response: Response) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing
 from contextvars import Context
 from functools import partial
@@ -318,9 +318,9 @@ class TcpServer(Server):
 
     @property
     def port(self) -> int:
-        """The port that it really listens on."""
-        assert self._server is not None
-        return int(self._server.sockets[0].getsockname()[1])
+        """The port that it really listens on; 0 while it does not."""
+        sockets = self._server.sockets if self._server is not None else ()
+        return int(sockets[0].getsockname()[1]) if sockets else 0
 
     def admit(self, connection: _ServerConnection) -> bool:
         """Count a connection in, if there is room for it."""
@@ -409,7 +409,7 @@ class TcpClient(ClientProxy):
         if connection is not self._connection:
             raise ConnectionLost()
 
-    async def stream(self, data: Any, context: RpcContext) -> AsyncIterator[Raw]:
+    async def stream(self, data: Any, context: RpcContext) -> AsyncGenerator[Raw]:
         # A connection of its own: a slow reader holds up nobody else, and closing it is the only
         # way to tell a NestJS server that nobody reads any more.
         private = TcpClient(self.address, self.service)

@@ -43,7 +43,7 @@ class Command(BaseCommand):
 def catalogue(wanted: str | None = None) -> list[tuple[str, ...]]:
     """Return a row per door of every handler, in the order of COLUMNS."""
     settings = get_settings()
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for service in registry.services():
         if wanted not in (None, service) or service not in settings.servers:
             continue

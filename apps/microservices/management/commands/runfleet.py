@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from argparse import ArgumentParser
-from typing import Any
+from typing import Any, cast
 
 from django.core.management.base import BaseCommand, CommandError
 
@@ -47,7 +47,8 @@ class Command(BaseCommand):
         for name, service in settings.clients.items():
             address = parse(service.url)
             command = ["runmicroservice", name]
-            processes.append(Process(name, command, f"{address.scheme} :{address.port}", service.health or 0, "", width))
+            place = f"{address.scheme} :{address.port}"
+            processes.append(Process(name, command, place, service.health or 0, "", width))
         return [process for process in processes if not wanted or process.name in wanted]
 
 
@@ -82,7 +83,7 @@ class Process:
             stderr=asyncio.subprocess.STDOUT,
             start_new_session=True,  # a Ctrl-C in the terminal is for the parent alone
         )
-        self._output = asyncio.create_task(self._show(self._child.stdout))
+        self._output = asyncio.create_task(self._show(cast(asyncio.StreamReader, self._child.stdout)))
         while time.monotonic() - started < START_TIMEOUT:
             if self._child.returncode is not None:
                 await self._output
@@ -95,7 +96,8 @@ class Process:
 
     async def ended(self) -> int:
         """Wait until the child has ended; return its exit code."""
-        assert self._child is not None and self._output is not None
+        if self._child is None or self._output is None:
+            return 0
         code = await self._child.wait()
         await self._output
         return code
@@ -113,8 +115,7 @@ class Process:
             self._child.kill()
             return await self.ended()
 
-    async def _show(self, stream: asyncio.StreamReader | None) -> None:
-        assert stream is not None
+    async def _show(self, stream: asyncio.StreamReader) -> None:
         while True:
             try:
                 line = await stream.readline()
@@ -135,7 +136,7 @@ class Fleet:
 
     async def run(self) -> int:
         """Run until a signal; return 0 when every child ended well."""
-        signalled = asyncio.create_task(until_signalled())
+        signalled: asyncio.Task[object] = asyncio.create_task(until_signalled())
         started = time.monotonic()
         starting = asyncio.gather(*(process.start() for process in self._processes))
         codes: list[int] = []

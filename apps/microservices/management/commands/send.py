@@ -12,11 +12,11 @@ from typing import Any
 import msgspec
 from django.core.management.base import BaseCommand, CommandError
 
+from ... import transports
 from ...client import Client
 from ...conf import get_settings
 from ...exceptions import ConfigurationError, DeadlineExceeded, RpcException, Unavailable
 from ...microservice import get_microservice
-from ...transports import client_class, parse
 from ...transports.base import ClientProxy
 from ...transports.local import LocalClient
 
@@ -94,13 +94,13 @@ async def reach(service: str, timeout: float) -> ClientProxy:
     """Return a connection to a URL, or to a service of the map: by the wire where it answers, else in this process."""
     settings = get_settings()
     if "://" in service:
-        address = parse(service)
-        return client_class(address.scheme)(address, address.host)  # type: ignore[no-any-return]
+        address = transports.parse(service)
+        return transports.load(address, "client")(address, address.host)  # type: ignore[no-any-return]
     if service not in settings.clients:
         known = ", ".join(settings.clients) or "none"
         raise ConfigurationError(f"There is no service {service!r}; known: {known}, or give a URL.")
-    address = parse(settings.clients[service].url)
-    remote: ClientProxy = client_class(address.scheme)(address, service)
+    address = transports.parse(settings.clients[service].url)
+    remote: ClientProxy = transports.load(address, "client")(address, service)
     if service not in settings.servers:
         return remote
     try:
