@@ -45,9 +45,10 @@ def service_url(name: str) -> str:
 
 
 def health_port(name: str) -> int:
-    """Return the port of a service's health page; HEALTH_PORT counts for one that lives alone."""
+    """Return the port of a service's health page: <NAME>_HEALTH_PORT, or HEALTH_PORT where it lives alone."""
     port = fleet.SERVICES[name]["health"]
-    return env.int("HEALTH_PORT", default=port) if [name] == HERE else port
+    alone = env.int("HEALTH_PORT", default=port) if [name] == HERE else port
+    return int(env.int(f"{name.upper()}_HEALTH_PORT", default=alone))
 
 
 PLACES = {name: {"url": service_url(name), "health": health_port(name)} for name in fleet.SERVICES}

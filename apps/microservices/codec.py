@@ -69,10 +69,12 @@ def invalid_payload(error: msgspec.ValidationError) -> InvalidPayload:
     missing = _MISSING.search(message)
     if missing:
         pointer += f"/{missing[1]}"
+    message = _REGEX.sub(" of the expected form", message)  # a regular expression tells people nothing
     return InvalidPayload(message.replace("`", "'"), pointer)
 
 
 _PATH = re.compile(r"\.([^.\[\]]+)|\[(\d+|\.\.\.)\]")
+_REGEX = re.compile(r" matching regex .*", re.DOTALL)
 _MISSING = re.compile(r"missing required field `([^`]+)`")
 
 

@@ -136,12 +136,13 @@ class Fleet:
 
     async def run(self) -> int:
         """Run until a signal; return 0 when every child ended well."""
-        signalled: asyncio.Task[object] = asyncio.create_task(until_signalled())
+        signalled = asyncio.create_task(until_signalled())
         started = time.monotonic()
         starting = asyncio.gather(*(process.start() for process in self._processes))
         codes: list[int] = []
         try:
-            await asyncio.wait({signalled, starting}, return_when=asyncio.FIRST_COMPLETED)
+            either: list[asyncio.Future[Any]] = [signalled, starting]
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if not signalled.done():
                 await starting
                 self._print_table(time.monotonic() - started)
