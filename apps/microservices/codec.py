@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from msgspec import Raw
@@ -13,8 +13,8 @@ from .exceptions import InvalidPayload, PacketError
 from .packets import Packet, Reply
 
 Decoder = Callable[[bytes | Raw], Any]
+P = TypeVar("P", Packet, Reply)
 
-_NULL = Raw(b"null")
 _encoder = msgspec.json.Encoder()
 _packets = msgspec.json.Decoder(Packet)
 _replies = msgspec.json.Decoder(Reply)
@@ -28,14 +28,18 @@ def decode_packet(body: bytes | bytearray | memoryview) -> Packet:
 
     Raises PacketError for JSON that is no packet, and msgspec.DecodeError for what is no JSON.
     """
-    packet: Packet = _decode(_packets, body, Packet)
-    return packet
+    try:
+        return _packets.decode(body)
+    except (msgspec.ValidationError, RecursionError) as error:
+        return _odd(error, body, Packet())
 
 
 def decode_reply(body: bytes | bytearray | memoryview) -> Reply:
     """Return the response packet in `body`; the same errors as `decode_packet`."""
-    reply: Reply = _decode(_replies, body, Reply)
-    return reply
+    try:
+        return _replies.decode(body)
+    except (msgspec.ValidationError, RecursionError) as error:
+        return _odd(error, body, Reply())
 
 
 def decode(raw: bytes | Raw) -> Any:
@@ -78,13 +82,8 @@ _REGEX = re.compile(r" matching regex .*", re.DOTALL)
 _MISSING = re.compile(r"missing required field `([^`]+)`")
 
 
-def _decode(typed: Any, body: Any, shape: type) -> Any:
-    try:
-        return typed.decode(body)
-    except msgspec.ValidationError as error:
-        # JSON.parse would have taken it: `null` counts as {} and any other value has no pattern.
-        if bytes(body).strip() == b"null":
-            return shape()
-        raise PacketError(str(error)) from error
-    except RecursionError as error:
-        raise PacketError("nested too deeply") from error
+def _odd(error: Exception, body: bytes | bytearray | memoryview, empty: P) -> P:
+    # JSON.parse would have taken it: `null` counts as {}, and any other value has no pattern.
+    if bytes(body).strip() == b"null":
+        return empty
+    raise PacketError(f"no packet: {error}") from error

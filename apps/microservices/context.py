@@ -22,15 +22,14 @@ class RpcContext:
     """The second parameter of a handler, and what every Middleware sees of a call.
 
     `service` is the service called, `pattern` the route, `transport` the URL scheme, `peer` the
-    other side's address, `metadata` the strings that travelled beside the payload, `id` the
-    request's id (None for an event), `deadline` a reading of `time.monotonic()` or None. On the
-    calling side `raw_pattern` is the pattern as JSON, as the caller wrote it, and `patience` the
-    seconds to wait for each next value of a stream.
+    other side's address, `metadata` the strings that travelled beside the payload, `deadline` a
+    reading of `time.monotonic()` or None. On the calling side `raw_pattern` is the pattern as
+    JSON, as the caller wrote it, and `patience` the seconds to wait for each next value of a stream.
     """
 
     __slots__ = (
+        "_id",
         "deadline",
-        "id",
         "metadata",
         "patience",
         "pattern",
@@ -50,7 +49,7 @@ class RpcContext:
         side: str,
         peer: str = "",
         metadata: dict[str, str] | None = None,
-        id: str | None = None,
+        id: str | Raw | None = None,
         deadline: float | None = None,
         patience: float | None = None,
         raw_pattern: Raw = _NO_PATTERN,
@@ -61,13 +60,25 @@ class RpcContext:
         self.side = side
         self.peer = peer
         self.metadata = {} if metadata is None else metadata
-        self.id = id
+        self._id = id
         self.deadline = deadline
         self.patience = patience
         self.raw_pattern = raw_pattern
 
     def __repr__(self) -> str:
         return f"<RpcContext {self.side} {self.service} {self.pattern} {self.transport} {self.peer}>"
+
+    @property
+    def id(self) -> str | None:
+        """The request's id as text; None for an event."""
+        # A server is given it as JSON of any kind, and seldom asked for it.
+        if isinstance(self._id, Raw):
+            self._id = bytes(self._id).decode("utf-8", "replace").strip('"')
+        return self._id
+
+    @id.setter
+    def id(self, id: str | None) -> None:
+        self._id = id
 
     def remaining(self) -> float | None:
         """Return the seconds left, never below zero; None where there is no deadline."""
@@ -89,7 +100,7 @@ class RpcContext:
 
     def inherited(self) -> dict[str, str]:
         """Return the metadata that calls made on behalf of this message carry on."""
-        return {key: self.metadata[key] for key in _INHERITED if key in self.metadata}
+        return {key: value for key in _INHERITED if isinstance(value := self.metadata.get(key), str)}
 
 
 def deadline_on_wire(metadata: object) -> float | None:

@@ -91,7 +91,7 @@ class Dispatcher:
             side="server",
             peer=peer,
             metadata=packet.metadata if isinstance(packet.metadata, dict) else None,
-            id=None if isinstance(packet.id, UnsetType) else bytes(packet.id).decode("utf-8", "replace").strip('"'),
+            id=None if isinstance(packet.id, UnsetType) else packet.id,
             deadline=None if packet.metadata is UNSET else deadline_on_wire(packet.metadata),
         )
         if is_event:
@@ -108,9 +108,10 @@ class Dispatcher:
         self, target: Target, data: Raw | UnsetType, context: RpcContext, reply: Replier, id: Any
     ) -> None:
         try:
-            context.check_deadline()
-            value = target.handler.invoke(target.handler.convert(data), context)
-            self._send(reply, Response(response=value, is_disposed=True, id=id), context)
+            if context.deadline is not None:
+                context.check_deadline()
+            handler = target.handler
+            reply(Response(response=handler.invoke(handler.convert(data), context), is_disposed=True, id=id))
         except Exception as error:  # noqa: BLE001 - logged and answered
             self._send(reply, self._failure(error, context, id), context)
 

@@ -98,6 +98,7 @@ class Handler:
         if len(required) > 2 or any(p.kind is p.KEYWORD_ONLY for p in required):
             raise ConfigurationError(f"{self.name}: a handler takes (data, context), (data) or nothing.")
         self._arguments = min(2, sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters))
+        self.invoke = self._call_with(self._arguments)
         hints = self._hints()
         self.payload = hints.get(parameters[0].name, Any) if self._arguments else Any
         self.result = hints.get("return", Any)
@@ -113,11 +114,11 @@ class Handler:
         """Return the payload as the annotation asks for it. Raises InvalidPayload."""
         return self._decode(data if isinstance(data, Raw) else _NULL) if self._arguments else None
 
-    def invoke(self, payload: Any, context: RpcContext) -> Any:
-        """Call the function with what it takes."""
-        if self._arguments == 2:
-            return self.function(payload, context)
-        return self.function(payload) if self._arguments else self.function()
+    def _call_with(self, arguments: int) -> Callable[[Any, RpcContext], Any]:
+        function = self.function
+        if arguments == 2:
+            return function
+        return (lambda payload, _: function(payload)) if arguments else (lambda *_: function())
 
     def _colour(self) -> Colour:
         inline = any(door.inline for door in self.doors)

@@ -52,6 +52,13 @@ class FrameReader:
         if self._left < 0 and not self._read_header():
             return None
         buffer = self._buffer
+        end = self._scanned + self._left
+        if self._scanned == self._start and end <= len(buffer):
+            body = buffer[self._start : end]
+            if body.isascii():  # as most are: bytes and units are the same
+                self._start = end
+                self._left = -1
+                return bytes(body)
         while self._left > 0:
             if len(buffer) - self._scanned < self._left:  # a unit is at least one byte
                 return None

@@ -180,6 +180,7 @@ class _ServerConnection(_Connection):
         super().__init__(options.max_buffer_size, options.max_send_buffer_size)
         self._server = server
         self._options = options
+        self._max_in_flight = options.max_in_flight
         self._requests: set[asyncio.Task[None]] = set()
         self._half_frame: asyncio.TimerHandle | None = None
         self._idle: asyncio.TimerHandle | None = None
@@ -226,7 +227,7 @@ class _ServerConnection(_Connection):
             self._half_frame = self._loop.call_later(seconds, self._half_frame_is_late)
 
     def held(self) -> bool:
-        return super().held() or self._no_more or len(self._requests) >= self._options.max_in_flight
+        return self._writable is not None or self._no_more or len(self._requests) >= self._max_in_flight
 
     def take(self, body: bytes) -> None:
         if self._half_frame is not None:  # its time counts from the frame's first byte
