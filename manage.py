@@ -11,9 +11,13 @@ def main() -> None:
     """Run the command that the shell asks for."""
     os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
     live_here(sys.argv)
+    from django.core.exceptions import ImproperlyConfigured
     from django.core.management import execute_from_command_line
 
-    execute_from_command_line(sys.argv)
+    try:
+        execute_from_command_line(sys.argv)
+    except ImproperlyConfigured as error:
+        sys.exit(f"Improperly configured: {error}")
 
 
 def live_here(argv: list[str]) -> None:

@@ -15,7 +15,9 @@ class PageQuery(serializers.Serializer[Any]):
 class UserQuery(PageQuery):
     """Which users."""
 
-    search = serializers.CharField(required=False, max_length=100, help_text="A part of name or e-mail address.")
+    search = serializers.CharField(
+        required=False, allow_blank=True, max_length=100, help_text="A part of name or e-mail address."
+    )
 
 
 class User(serializers.Serializer[Any]):

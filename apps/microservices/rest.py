@@ -108,6 +108,8 @@ def exception_handler(error: Exception, context: dict[str, Any]) -> Response | N
         call = view.calls.get("get" if method == "head" else method) if isinstance(view, RpcView) else None
         body = _rpc_problem(error, request.path, call.service if call else None)
         headers = {"Retry-After": str(body["retry_after"])} if "retry_after" in body else {}
+        if error.status_code == HTTPStatus.UNAUTHORIZED:
+            headers["WWW-Authenticate"] = "Bearer"
     else:
         response = drf_exception_handler(error, context)
         if response is None:
@@ -174,15 +176,24 @@ def _http_problem(error: Exception, status: int, path: str) -> dict[str, Any]:
 
 
 def _fields(details: Any, pointer: str = "") -> list[dict[str, Any]]:
-    if isinstance(details, dict) and set(details) == {"message", "code"}:
+    if _is_error(details):
         return [{"pointer": pointer, "message": str(details["message"]), "code": details["code"]}]
     if isinstance(details, dict):
-        pairs = [("" if key == "non_field_errors" else f"/{key}", value) for key, value in details.items()]
+        pairs = [("" if key == "non_field_errors" else f"/{_escaped(key)}", value) for key, value in details.items()]
     else:
         # A list of errors belongs to its field; a list of items has an index for each.
-        leaves = all(isinstance(item, dict) and set(item) == {"message", "code"} for item in details)
+        leaves = all(_is_error(item) for item in details)
         pairs = [("" if leaves else f"/{index}", item) for index, item in enumerate(details)]
     return [field for suffix, value in pairs for field in _fields(value, pointer + suffix)]
+
+
+def _is_error(details: Any) -> bool:
+    # Fields may have these names too, but then each holds a list of errors.
+    return isinstance(details, dict) and set(details) == {"message", "code"} and isinstance(details["code"], str)
+
+
+def _escaped(key: Any) -> str:
+    return str(key).replace("~", "~0").replace("/", "~1")
 
 
 def _valid(shape: Shape | None, given: Any) -> dict[str, Any]:
@@ -196,19 +207,24 @@ def _valid(shape: Shape | None, given: Any) -> dict[str, Any]:
 def _shaped(call: Send, value: Any, *, many: bool = False) -> Any:
     if call.returns is None:
         return value
+    if value is None:  # to DRF that is an empty form, which it would fill with blanks
+        raise _bad_answer(call)
     try:
         return call.returns(value, many=many).data
-    except (KeyError, AttributeError, TypeError, ValueError) as error:
-        message = f"{call.service} answered in another shape than expected."
-        raise RpcException({"statusCode": 502, "code": "bad-answer", "message": message}) from error
+    except (KeyError, AttributeError, TypeError, ValueError, ArithmeticError) as error:
+        raise _bad_answer(call) from error
 
 
 def _page(call: Send, reply: Any) -> dict[str, Any]:
     items = reply.get(call.page) if isinstance(reply, Mapping) else None
     if not isinstance(items, list):
-        message = f"{call.service} answered without {call.page!r}."
-        raise RpcException({"statusCode": 502, "code": "bad-answer", "message": message})
+        raise _bad_answer(call)
     return {"data": _shaped(call, items, many=True), "next": reply.get("next")}
+
+
+def _bad_answer(call: Send) -> RpcException:
+    message = f"{call.service} answered in another shape than expected."
+    return RpcException({"statusCode": 502, "code": "bad-answer", "message": message})
 
 
 def _method(call: Send) -> Any:
@@ -223,10 +239,11 @@ def _documented(call: Send, method: Any, name: str) -> Any:
     if call.page is not None and call.returns is not None:
         items = call.returns(many=True)
         following = serializers.CharField(allow_null=True, help_text="The cursor of the next page.")
-        shape = type(f"{name}_page", (serializers.Serializer,), {"data": items, "next": following})
+        shape = type(f"{call.returns.__name__}Page", (serializers.Serializer,), {"data": items, "next": following})
     return extend_schema(
         operation_id=name,
         summary=call.summary or None,
+        tags=[call.service],
         parameters=[call.query] if call.query else None,
         request=call.body,
         responses={call.status: shape, ("default", PROBLEM): ProblemSerializer},

@@ -166,6 +166,10 @@ def runserver_listening(shop: Shop) -> None:
     shop.until_ready(shop.start("runserver", f"127.0.0.1:{shop.http_port}", "--noreload", LISTEN="1"))
 
 
+def runserver_listening_with_reloader(shop: Shop) -> None:
+    shop.until_ready(shop.start("runserver", f"127.0.0.1:{shop.http_port}", LISTEN="1"))
+
+
 def daphne(shop: Shop) -> None:
     command = [str(BIN / "daphne"), "-b", "127.0.0.1", "-p", str(shop.http_port), "config.asgi:application"]
     shop.until_ready(shop.start(*command))
@@ -196,5 +200,5 @@ def users_alone(shop: Shop) -> Process:
 
 
 MONOLITH = [runserver, runserver_with_reloader, serve_alone]
-HYBRID = [runserver_listening, daphne, uvicorn, serve]
+HYBRID = [runserver_listening, runserver_listening_with_reloader, daphne, uvicorn, serve]
 FLEET = [fleet]

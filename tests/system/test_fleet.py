@@ -52,6 +52,22 @@ def test_script_server_prepares_starts_and_stops_everything_and_prepares_only_on
     assert "30 users written" not in second.output
 
 
+def test_each_call_is_one_log_line_on_both_sides_without_its_payload(shop: Shop) -> None:
+    fleet(shop)
+    runfleet = shop.processes[0]
+
+    httpx.get(f"{shop.url}/api/users", params={"search": "ada.morgan"}, timeout=20).raise_for_status()
+    runfleet.until_says("client users get_users 200")
+    runfleet.until_says("server users get_users 200")
+
+    assert "ada.morgan" not in runfleet.output
+    ids = re.findall(
+        r"^(gateway|users) .* (?:client|server) users get_users 200 .* (\S+)$", runfleet.output, re.MULTILINE
+    )
+    assert {name for name, _ in ids} == {"gateway", "users"}
+    assert len({id for _, id in ids}) == 1
+
+
 def test_a_stopped_service_is_503_within_a_second_and_comes_back_by_itself(shop: Shop) -> None:
     gateway_alone(shop)
     users = users_alone(shop)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 import time
@@ -86,6 +87,7 @@ class CallLog:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="call-log", daemon=True)
                 self._thread.start()
+                atexit.register(self.flush)
 
     def _run(self) -> None:
         while True:
