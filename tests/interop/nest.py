@@ -1,0 +1,195 @@
+"""NestJS in Node, as a server to call and as a client to drive; and a relay to put between two peers."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import random
+import shutil
+import socket
+import subprocess
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+HERE = Path(__file__).parent
+OLDEST_NODE = 20
+# Where systems do not take the ports of outgoing connections from.
+PORTS = range(20_000, 32_768)
+
+INSTALL_LIMIT = 120
+START_LIMIT = 20
+STOP_LIMIT = 5
+ANSWER_LIMIT = 15
+LONGEST_LINE = 4 * 1024 * 1024
+PAUSE_AFTER_BYTE = 0.0005
+
+
+def install() -> str:
+    """Install the packages of package-lock.json where they are missing or older; return why that cannot be, or ''."""
+    if not (shutil.which("node") and shutil.which("npm")):
+        return "node and npm are not installed"
+    version = subprocess.run(["node", "--version"], capture_output=True, text=True, timeout=START_LIMIT).stdout
+    if int(version.strip().lstrip("v").partition(".")[0] or 0) < OLDEST_NODE:
+        return f"Node {OLDEST_NODE} or newer is needed, not {version.strip()}"
+    wanted, installed = HERE / "package-lock.json", HERE / "node_modules" / ".package-lock.json"  # npm writes it last
+    if installed.exists() and installed.stat().st_mtime >= wanted.stat().st_mtime:
+        return ""
+    try:
+        command = ["npm", "ci", "--no-audit", "--no-fund"]
+        done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=INSTALL_LIMIT)
+    except subprocess.TimeoutExpired:
+        return f"npm ci took longer than {INSTALL_LIMIT} s"
+    return f"npm ci failed: {done.stderr.strip()[:500]}" if done.returncode else ""
+
+
+def free_port() -> int:
+    """Return a port on which nobody listens."""
+    for port in random.sample(PORTS, 100):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                return port
+    raise OSError("No port is free.")
+
+
+@asynccontextmanager
+async def node(script: str, port: int) -> AsyncIterator[Process]:
+    """Run one of this folder's scripts until the block ends."""
+    process = await asyncio.create_subprocess_exec(
+        "node", script, str(port), cwd=HERE, stdin=PIPE, stdout=PIPE, limit=LONGEST_LINE
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        async with asyncio.timeout(START_LIMIT):
+            line = await process.stdout.readline()
+        assert line == b"ready\n", f"{script} did not start"
+        yield process
+    finally:
+        process.stdin.close()  # which ends it
+        try:
+            async with asyncio.timeout(STOP_LIMIT):
+                await process.stdout.read()
+                await process.wait()
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+
+
+class Answer(NamedTuple):
+    """All that an observable of NestJS's client gave."""
+
+    values: list[Any]
+    error: Any = None
+
+
+class NestClient:
+    """NestJS's ClientProxy, driven by lines of JSON."""
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+        self._tags = itertools.count()
+        self._waiting: dict[int, asyncio.Future[Answer]] = {}
+
+    async def send(self, pattern: Any, data: Any, metadata: Mapping[str, str] | None = None) -> Answer:
+        """Do what ClientProxy.send does and wait until its observable ends."""
+        return await self._perform(op="send", pattern=pattern, data=data, **_given(metadata))
+
+    async def send_many(self, pattern: Any, count: int) -> Answer:
+        """Send `count` requests side by side, each with its number and a text that is not ASCII."""
+        return await self._perform(op="send-many", pattern=pattern, count=count)
+
+    async def emit(self, pattern: Any, data: Any, metadata: Mapping[str, str] | None = None) -> Answer:
+        """Do what ClientProxy.emit does."""
+        return await self._perform(op="emit", pattern=pattern, data=data, **_given(metadata))
+
+    async def listen(self) -> None:
+        """Hand out the answers until the process ends."""
+        assert self._process.stdout is not None
+        async for line in self._process.stdout:
+            answer = json.loads(line)
+            self._waiting.pop(answer["tag"]).set_result(Answer(answer.get("values", []), answer.get("error")))
+
+    async def _perform(self, **command: Any) -> Answer:
+        assert self._process.stdin is not None
+        tag = next(self._tags)
+        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._waiting[tag] = answer
+        self._process.stdin.write(json.dumps({"tag": tag, **command}).encode() + b"\n")
+        async with asyncio.timeout(ANSWER_LIMIT):
+            await self._process.stdin.drain()
+            return await answer
+
+
+def _given(metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    return {} if metadata is None else {"metadata": metadata}
+
+
+@asynccontextmanager
+async def nest_server(port: int) -> AsyncIterator[Process]:
+    """Run server.js."""
+    async with node("server.js", port) as process:
+        yield process
+
+
+@asynccontextmanager
+async def nest_client(port: int) -> AsyncIterator[NestClient]:
+    """Run client.js."""
+    async with node("client.js", port) as process:
+        client = NestClient(process)
+        listening = asyncio.create_task(client.listen())
+        try:
+            yield client
+        finally:
+            listening.cancel()
+            await asyncio.wait([listening])
+
+
+async def hang_up(writer: asyncio.StreamWriter) -> None:
+    """Close a connection and wait until it is."""
+    writer.close()
+    with suppress(ConnectionError):
+        async with asyncio.timeout(STOP_LIMIT):
+            await writer.wait_closed()
+
+
+@asynccontextmanager
+async def relay(port: int) -> AsyncIterator[int]:
+    """Pass bytes on to `port` and back, one at a time, so that frames break at every place."""
+    connections: set[asyncio.Task[None]] = set()
+
+    async def forward(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        try:
+            while data := await source.read(1024):
+                for byte in data:
+                    target.write(bytes([byte]))
+                    await target.drain()
+                    # Not to wait for anything: so that the other side mostly reads single bytes.
+                    await asyncio.sleep(PAUSE_AFTER_BYTE)
+        except ConnectionError:
+            pass  # one end is gone, and so is the other now
+        finally:
+            await hang_up(target)
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        connections.add(task)
+        onward_reader, onward_writer = await asyncio.open_connection("127.0.0.1", port)
+        await asyncio.gather(forward(reader, onward_writer), forward(onward_reader, writer))
+
+    here = free_port()
+    server = await asyncio.start_server(connected, "127.0.0.1", here)
+    try:
+        yield here
+    finally:
+        server.close()
+        for connection in connections:
+            connection.cancel()
+        if connections:
+            await asyncio.wait(connections, timeout=STOP_LIMIT)
