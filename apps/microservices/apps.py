@@ -11,7 +11,7 @@ from django.utils.module_loading import module_has_submodule
 from .client import clients
 from .conf import get_settings
 from .handlers import handlers_in, registry
-from .microservice import get_microservice
+from .microservice import get_executor, get_microservice
 
 
 class MicroservicesConfig(AppConfig):
@@ -21,21 +21,33 @@ class MicroservicesConfig(AppConfig):
     verbose_name = "Microservices"
 
     def ready(self) -> None:
-        """Collect `handlers.py` of every app, then freeze the registry."""
+        """Collect the handlers of all apps, and register the system checks."""
         from . import checks  # noqa: F401 - registers the system checks
 
-        for app in apps.get_app_configs():
-            if app.module is not None and module_has_submodule(app.module, "handlers"):
-                module = import_module(f"{app.name}.handlers")
-                if found := handlers_in(module):
-                    registry.add(app.label, found)
-        registry.freeze()
+        _collect()
         setting_changed.connect(_forget)
 
 
+def _collect() -> None:
+    # Django's tests may install other apps: then `ready` is called again.
+    found = [
+        (app.label, handlers_in(import_module(f"{app.name}.handlers")))
+        for app in apps.get_app_configs()
+        if app.module is not None and module_has_submodule(app.module, "handlers")
+    ]
+    registry.reset()
+    for service, handlers in found:
+        if handlers:
+            registry.add(service, handlers)
+    registry.freeze()
+
+
 def _forget(*, setting: str, **_: object) -> None:
-    """Read MICROSERVICES again where a test has overridden it."""
-    if setting == "MICROSERVICES":
+    """Read again what a test has overridden."""
+    if setting == "INSTALLED_APPS":
+        _collect()
+    if setting in ("INSTALLED_APPS", "MICROSERVICES"):
         get_settings.cache_clear()
+        get_executor.cache_clear()
         get_microservice.cache_clear()
         clients.reset()

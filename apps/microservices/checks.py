@@ -93,7 +93,7 @@ def check_connections(**_: Any) -> list[checks.CheckMessage]:
             id="microservices.W008",
         )
         for alias in _services()
-        if alias in settings.DATABASES and settings.DATABASES[alias].get("CONN_MAX_AGE") == 0
+        if alias in settings.DATABASES and settings.DATABASES[alias].get("CONN_MAX_AGE", 0) == 0
     ]
 
 
@@ -119,15 +119,16 @@ def _bad_urls(settings: Settings) -> Iterator[checks.CheckMessage]:
 def _ports_used_twice(settings: Settings) -> Iterator[checks.CheckMessage]:
     owners: dict[tuple[str, int], str] = {}
     for name, service in {**settings.clients, **settings.servers}.items():
-        places = [(address.host, address.port) for address in _addresses(service.url) if address.port]
-        if service.health is not None:
-            places.append(("health", service.health))
-        for host, port in places:
-            other = next((who for (_, taken), who in owners.items() if taken == port and who != name), None)
-            if other is not None:
-                text = f"{other} and {name} both use port {port}."
+        for address in _addresses(service.url):
+            for port in filter(None, (address.port, service.health)):
+                # Services on hosts of their own, as containers are, may well use the same port.
+                other = owners.setdefault((address.host, port), name)
+                if other != name:
+                    text = f"{other} and {name} both use {address.host}:{port}."
+                    yield checks.Error(text, id="microservices.E007")
+            if address.port and address.port == service.health:
+                text = f"{name} uses {address.host}:{address.port} twice."
                 yield checks.Error(text, id="microservices.E007")
-            owners[host, port] = name
 
 
 def _addresses(url: str) -> Iterator[Any]:

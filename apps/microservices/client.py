@@ -177,16 +177,14 @@ class Client:
         return text
 
     def _decoder(self, returns: Any) -> codec.Decoder:
-        if returns is None:
-            return codec.decode
         decode = self._decoders.get(returns)
         if decode is None:
-            typed = msgspec.json.Decoder(returns)
+            typed = msgspec.json.Decoder(Any if returns is None else returns)
 
             def decode(raw: bytes | Raw) -> Any:
                 try:
                     return typed.decode(raw)
-                except msgspec.ValidationError as error:
+                except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                     message = f"{self.service} answered in another shape than expected: {error}"
                     raise RpcException({"statusCode": 502, "code": "bad-answer", "message": message}) from error
 

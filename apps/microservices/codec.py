@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec import Raw
 
-from .exceptions import InvalidPayload, PacketError
+from .exceptions import InvalidPayload, PacketError, RpcException
 from .packets import Packet, Reply
 
 Decoder = Callable[[bytes | Raw], Any]
@@ -23,6 +23,15 @@ encode = _encoder.encode
 """Return JSON bytes for any packet or payload. Raises TypeError for a type that has no JSON form."""
 
 
+UNENCODABLE = (TypeError, ValueError, OverflowError, RecursionError)
+"""What `encode` raises for data without a JSON form."""
+
+
+def not_json(error: Exception) -> RpcException:
+    """Return what a caller is told whose data cannot be encoded: `error` is one of UNENCODABLE."""
+    return RpcException({"statusCode": 400, "code": "not-json", "message": f"The data has no JSON form: {error}"})
+
+
 def decode_packet(body: bytes | bytearray | memoryview) -> Packet:
     """Return the request or event in `body`.
 
@@ -32,6 +41,8 @@ def decode_packet(body: bytes | bytearray | memoryview) -> Packet:
         return _packets.decode(body)
     except (msgspec.ValidationError, RecursionError) as error:
         return _odd(error, body, Packet())
+    except msgspec.DecodeError as error:
+        return decode_packet(_mended(error, body))
 
 
 def decode_reply(body: bytes | bytearray | memoryview) -> Reply:
@@ -40,6 +51,8 @@ def decode_reply(body: bytes | bytearray | memoryview) -> Reply:
         return _replies.decode(body)
     except (msgspec.ValidationError, RecursionError) as error:
         return _odd(error, body, Reply())
+    except msgspec.DecodeError as error:
+        return decode_reply(_mended(error, body))
 
 
 def decode(raw: bytes | Raw) -> Any:
@@ -87,3 +100,19 @@ def _odd(error: Exception, body: bytes | bytearray | memoryview, empty: P) -> P:
     if bytes(body).strip() == b"null":
         return empty
     raise PacketError(f"no packet: {error}") from error
+
+
+def _mended(error: msgspec.DecodeError, body: bytes | bytearray | memoryview) -> bytes:
+    # JavaScript sends a text that was cut inside an emoji with half a character, as an escape.
+    # Refused, it would end the connection under all the other calls on it.
+    mended = _ESCAPE.sub(lambda escape: rb"\ufffd" if escape["half"] else escape[0], bytes(body))
+    if mended == body:
+        raise error
+    return mended
+
+
+# A pair of surrogates, half of one, or any other escape: so that an escaped backslash starts none.
+_ESCAPE = re.compile(
+    rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(?P<half>u[dD][89a-fA-F][0-9a-fA-F]{2})|.)",
+    re.DOTALL,
+)

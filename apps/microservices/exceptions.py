@@ -61,7 +61,9 @@ class RpcException(MicroserviceError):
             return NoHandler()
         if isinstance(err, Mapping) and err.get("status") == "error" and set(err) == {"status", "message"}:
             return RpcException(err["message"])
-        return RpcException(err)
+        error = RpcException(err)
+        # Which side notices first that the time is over must make no difference to the caller.
+        return DeadlineExceeded(error.message) if error.code == DeadlineExceeded.code else error
 
     def to_wire(self) -> Any:
         """Return the value of `err` in the response packet."""
@@ -102,12 +104,11 @@ class RpcException(MicroserviceError):
     @property
     def errors(self) -> list[dict[str, Any]]:
         """What is wrong with which field: `{"pointer", "message", "code"}` each."""
-        if not isinstance(self.error, Mapping):
-            return []
-        errors = self.error.get("errors")
+        error = self.error if isinstance(self.error, Mapping) else {"message": self.error}
+        errors = error.get("errors")
         if isinstance(errors, list):
             return [dict(error) for error in errors if isinstance(error, Mapping)]
-        message = self.error.get("message")
+        message = error.get("message")
         if isinstance(message, list):
             return [{"pointer": "", "message": str(text), "code": "invalid"} for text in message]
         return []
@@ -159,5 +160,7 @@ class ConnectionLost(Unavailable):
 class DeadlineExceeded(RpcException):
     """No answer in time; whether the service did the work is unknown."""
 
+    code = "deadline-exceeded"
+
     def __init__(self, message: str = "The deadline of the call has passed.") -> None:
-        super().__init__({"statusCode": 504, "code": "deadline-exceeded", "message": message})
+        super().__init__({"statusCode": 504, "code": self.code, "message": message})

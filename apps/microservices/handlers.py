@@ -167,6 +167,11 @@ class Registry:
         """Refuse further handlers."""
         self._frozen = True
 
+    def reset(self) -> None:
+        """Forget all handlers: other applications are about to load."""
+        self._handlers.clear()
+        self._frozen = False
+
     def of(self, service: str) -> tuple[Handler, ...]:
         """Return the handlers of a service, in the order they were declared."""
         return self._handlers.get(service, ())

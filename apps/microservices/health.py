@@ -12,7 +12,7 @@ from django.db import connections
 from django.http import HttpRequest, JsonResponse
 from django.urls import URLPattern, path
 from health_check import HealthCheck
-from health_check.exceptions import ServiceUnavailable
+from health_check.exceptions import ServiceUnavailable, ServiceWarning
 from health_check.views import HealthCheckView
 
 from .conf import get_settings
@@ -76,11 +76,8 @@ class HealthView(HealthCheckView):
         checks = list(self.get_checks())
         with self.get_executor() as executor:
             results = await asyncio.gather(*(check.get_result(executor) for check in checks))
-        details = {
-            repr(result.check): {"status": "down", "message": str(result.error)} if result.error else {"status": "up"}
-            for result in results
-        }
-        failed = any(result.error for result in results)
+        details = {repr(result.check): _detail(result.error) for result in results}
+        failed = any(detail["status"] == "down" for detail in details.values())
         body = {
             "status": "error" if failed else "ok",
             "timestamp": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
@@ -101,6 +98,12 @@ def health_urls() -> list[URLPattern]:
         path("readyz", HealthView.as_view(checks=checks), name="readyz"),
         path("health", HealthView.as_view(checks=checks), name="health"),
     ]
+
+
+def _detail(error: Exception | None) -> dict[str, str]:
+    if error is None:
+        return {"status": "up"}
+    return {"status": "up" if isinstance(error, ServiceWarning) else "down", "message": str(error)}
 
 
 def _is_used(alias: str) -> bool:

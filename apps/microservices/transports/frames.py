@@ -1,8 +1,18 @@
-"""NestJS's TCP frames: `<length>#<json>`, the length counted in UTF-16 code units (nest-wire.md section 7)."""
+"""NestJS's TCP frames, and the connection that carries them.
+
+A frame is `<length>#<json>`, the length counted in UTF-16 code units (nest-wire.md section 7).
+"""
 
 from __future__ import annotations
 
-from ..exceptions import FrameError
+import asyncio
+from typing import cast
+
+from .. import codec
+from ..exceptions import FrameError, RpcException
+from ..packets import Event, Request, Response
+
+FRAMES_PER_TURN = 64
 
 MAX_HEADER = 10
 _CONTINUATION = bytes(range(0x80, 0xC0))
@@ -100,3 +110,123 @@ class FrameReader:
         first = buffer[lead]
         width = 4 if first >= 0xF0 else 3 if first >= 0xE0 else 2 if first >= 0xC0 else 1
         return max(self._scanned, lead + width)
+
+
+class FramedConnection(asyncio.Protocol):
+    """A connection that cuts what is read, gathers what is written, and holds both within bounds."""
+
+    transport: asyncio.Transport
+
+    def __init__(self, max_buffer_size: int, max_send_buffer_size: int) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._frames = FrameReader(max_buffer_size)
+        self._max_units = max_buffer_size
+        self._max_unsent = max_send_buffer_size
+        self._out: list[bytes] = []
+        self._out_size = 0
+        self._flushing = False
+        self._pumping = False
+        self._holding = False
+        self._writable: asyncio.Future[None] | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        self.transport.set_write_buffer_limits(high=self._max_unsent)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._out.clear()
+        if self._writable is not None and not self._writable.done():
+            self._writable.set_result(None)
+
+    # Reading
+
+    def take(self, body: bytes) -> None:
+        """Handle one frame's body."""
+        raise NotImplementedError
+
+    def refuse(self, error: Exception) -> None:
+        """End a connection whose bytes make no sense."""
+        raise NotImplementedError
+
+    def held(self) -> bool:
+        """Whether nothing more should be read for now."""
+        return self._writable is not None
+
+    def data_received(self, data: bytes) -> None:
+        self._frames.feed(data)
+        self.pump()
+
+    def pump(self) -> None:
+        """Handle the frames that are complete, a bounded number a turn, then write what they gave."""
+        if self.transport.is_closing():
+            return
+        self._pumping = True
+        try:
+            for _ in range(FRAMES_PER_TURN):
+                if self.held():
+                    self._hold()
+                    break
+                body = self._frames.next()
+                if body is None:
+                    self._release()
+                    break
+                self.take(body)
+            else:
+                self._hold()
+                self._loop.call_soon(self.pump)
+        except FrameError as error:
+            self.refuse(error)
+        finally:
+            self._pumping = False
+            self.flush()
+
+    def _hold(self) -> None:
+        if not self._holding and not self.transport.is_closing():
+            self._holding = True
+            self.transport.pause_reading()
+
+    def _release(self) -> None:
+        if self._holding and not self.transport.is_closing():
+            self._holding = False
+            self.transport.resume_reading()
+
+    # Writing
+
+    def write(self, packet: Request | Event | Response) -> None:
+        """Put a packet into the next write. Raises RpcException for one that is too large or no JSON."""
+        if self.transport.is_closing():
+            return
+        data = frame(codec.encode(packet))
+        if len(data) > self._max_units:
+            message = f"A packet of {len(data)} bytes exceeds the limit of {self._max_units}."
+            status = 500 if isinstance(packet, Response) else 413  # whose fault it is
+            raise RpcException({"statusCode": status, "code": "packet-too-large", "message": message})
+        self._out.append(data)
+        self._out_size += len(data)
+        if self._out_size > self._max_unsent:
+            self.flush()
+        elif not self._pumping and not self._flushing:
+            self._flushing = True
+            self._loop.call_soon(self.flush)
+
+    def flush(self) -> None:
+        """Write all that has gathered, in one call."""
+        self._flushing = False
+        if self._out:
+            data = self._out[0] if len(self._out) == 1 else b"".join(self._out)
+            self._out.clear()
+            self._out_size = 0
+            self.transport.write(data)
+
+    def pause_writing(self) -> None:
+        self._writable = self._loop.create_future()
+
+    def resume_writing(self) -> None:
+        writable, self._writable = self._writable, None
+        if writable is not None and not writable.done():
+            writable.set_result(None)
+        self.pump()
+
+    def congestion(self) -> asyncio.Future[None] | None:
+        """What to await while the peer reads too slowly."""
+        return self._writable

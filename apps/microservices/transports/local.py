@@ -125,9 +125,8 @@ class MemoryBus(ClientProxy):
 def _encode(packet: Request | Event) -> bytes:
     try:
         return codec.encode(packet)
-    except (TypeError, ValueError, OverflowError, RecursionError) as error:
-        message = f"The data has no JSON form: {error}"
-        raise RpcException({"statusCode": 400, "code": "not-json", "message": message}) from error
+    except codec.UNENCODABLE as error:
+        raise codec.not_json(error) from error
 
 
 def _nobody(response: Response) -> None:

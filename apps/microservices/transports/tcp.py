@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
+import struct
 from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing
 from contextvars import Context
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 from msgspec import UNSET, Raw
@@ -16,16 +18,15 @@ from msgspec import UNSET, Raw
 from .. import codec
 from ..context import RpcContext
 from ..dispatcher import Dispatcher
-from ..exceptions import ConnectionLost, FrameError, PacketError, RpcException, Unavailable
+from ..exceptions import ConnectionLost, FrameError, PacketError, Unavailable
 from ..instruments import dropped
 from ..packets import Event, Request, Response
 from . import Address, read_options
 from .base import ClientProxy, Server, Status
-from .frames import FrameReader, frame
+from .frames import FramedConnection
 
 logger = logging.getLogger("microservices.tcp")
 
-FRAMES_PER_TURN = 64
 _LIMIT = 1024 * 1024
 
 
@@ -48,132 +49,8 @@ class ClientOptions(msgspec.Struct, frozen=True):
     connect_timeout: float = 5
 
 
-class _Connection(asyncio.Protocol):
-    """Cuts what is read into packets, gathers what is written, and holds both within bounds."""
-
-    transport: asyncio.Transport
-
-    def __init__(self, max_buffer_size: int, max_send_buffer_size: int) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._frames = FrameReader(max_buffer_size)
-        self._max_units = max_buffer_size
-        self._max_unsent = max_send_buffer_size
-        self._out: list[bytes] = []
-        self._out_size = 0
-        self._flushing = False
-        self._pumping = False
-        self._holding = False
-        self._writable: asyncio.Future[None] | None = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)
-        self.transport.set_write_buffer_limits(high=self._max_unsent)
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self._out.clear()
-        if self._writable is not None and not self._writable.done():
-            self._writable.set_result(None)
-
-    # Reading
-
-    def take(self, body: bytes) -> None:
-        """Handle one frame's body."""
-        raise NotImplementedError
-
-    def refuse(self, error: Exception) -> None:
-        """End a connection whose bytes make no sense."""
-        raise NotImplementedError
-
-    def held(self) -> bool:
-        """Whether nothing more should be read for now."""
-        return self._writable is not None
-
-    def data_received(self, data: bytes) -> None:
-        self._frames.feed(data)
-        self.pump()
-
-    def pump(self) -> None:
-        """Handle the frames that are complete, a bounded number a turn, then write what they gave."""
-        if self.transport.is_closing():
-            return
-        self._pumping = True
-        try:
-            for _ in range(FRAMES_PER_TURN):
-                if self.held():
-                    self._hold()
-                    break
-                body = self._frames.next()
-                if body is None:
-                    self._release()
-                    break
-                self.take(body)
-            else:
-                self._hold()
-                self._loop.call_soon(self.pump)
-        except FrameError as error:
-            self.refuse(error)
-        finally:
-            self._pumping = False
-            self.flush()
-
-    def _hold(self) -> None:
-        if not self._holding and not self.transport.is_closing():
-            self._holding = True
-            self.transport.pause_reading()
-
-    def _release(self) -> None:
-        if self._holding and not self.transport.is_closing():
-            self._holding = False
-            self.transport.resume_reading()
-
-    # Writing
-
-    def write(self, packet: Request | Event | Response) -> None:
-        """Put a packet into the next write. Raises RpcException for one that is too large or no JSON."""
-        if self.transport.is_closing():
-            return
-        data = frame(codec.encode(packet))
-        if len(data) > self._max_units:
-            raise RpcException(
-                {
-                    "statusCode": 500,
-                    "code": "packet-too-large",
-                    "message": f"A packet of {len(data)} bytes exceeds the limit of {self._max_units}.",
-                }
-            )
-        self._out.append(data)
-        self._out_size += len(data)
-        if self._out_size > self._max_unsent:
-            self.flush()
-        elif not self._pumping and not self._flushing:
-            self._flushing = True
-            self._loop.call_soon(self.flush)
-
-    def flush(self) -> None:
-        """Write all that has gathered, in one call."""
-        self._flushing = False
-        if self._out:
-            data = self._out[0] if len(self._out) == 1 else b"".join(self._out)
-            self._out.clear()
-            self._out_size = 0
-            self.transport.write(data)
-
-    def pause_writing(self) -> None:
-        self._writable = self._loop.create_future()
-
-    def resume_writing(self) -> None:
-        writable, self._writable = self._writable, None
-        if writable is not None and not writable.done():
-            writable.set_result(None)
-        self.pump()
-
-    def congestion(self) -> asyncio.Future[None] | None:
-        """What to await while the peer reads too slowly."""
-        return self._writable
-
-
-class _ServerConnection(_Connection):
-    """A peer of the server, with the requests that it waits for."""
+class _ServerConnection(FramedConnection):
+    """A peer of the server, with the work that it has asked for."""
 
     def __init__(self, server: TcpServer) -> None:
         options = server.options
@@ -181,7 +58,8 @@ class _ServerConnection(_Connection):
         self._server = server
         self._options = options
         self._max_in_flight = options.max_in_flight
-        self._requests: set[asyncio.Task[None]] = set()
+        self._running: set[asyncio.Task[None]] = set()
+        self._awaited: set[asyncio.Task[None]] = set()
         self._half_frame: asyncio.TimerHandle | None = None
         self._idle: asyncio.TimerHandle | None = None
         self._active_at = self._loop.time()
@@ -204,13 +82,13 @@ class _ServerConnection(_Connection):
         for timer in (self._half_frame, self._idle):
             if timer is not None:
                 timer.cancel()
-        for task in list(self._requests):
-            task.cancel()  # nobody is left to answer
+        for task in list(self._awaited):
+            task.cancel()  # nobody is left to answer; an event goes on
 
     def eof_received(self) -> bool:
         # A peer that only closed its writing side still gets what it asked for.
         self._no_more = True
-        return bool(self._requests)
+        return bool(self._awaited)
 
     def data_received(self, data: bytes) -> None:
         self._active_at = self._loop.time()
@@ -227,7 +105,7 @@ class _ServerConnection(_Connection):
             self._half_frame = self._loop.call_later(seconds, self._half_frame_is_late)
 
     def held(self) -> bool:
-        return self._writable is not None or self._no_more or len(self._requests) >= self._max_in_flight
+        return self._writable is not None or self._no_more or len(self._running) >= self._max_in_flight
 
     def take(self, body: bytes) -> None:
         if self._half_frame is not None:  # its time counts from the frame's first byte
@@ -241,14 +119,18 @@ class _ServerConnection(_Connection):
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise FrameError(f"Could not parse JSON: {error}") from error
         task = self._server.handle(packet, self.reply, peer=self.peer)
-        if task is not None and packet.id is not UNSET:
-            self._requests.add(task)
-            task.add_done_callback(self._answered)
+        if task is not None:
+            self._running.add(task)
+            if packet.id is not UNSET:
+                self._awaited.add(task)
+            task.add_done_callback(self._done)
 
     def reply(self, response: Response) -> Awaitable[None] | None:
         """Send one packet of an answer."""
         self.write(response)
-        return self.congestion()
+        congestion = self.congestion()
+        # Shielded, since all streams of this connection await the same, and one may be given up.
+        return None if congestion is None else asyncio.shield(congestion)
 
     def refuse(self, error: Exception) -> None:
         logger.warning("Invalid message from tcp peer %s: %s", self.peer, error)
@@ -261,10 +143,11 @@ class _ServerConnection(_Connection):
         self._no_more = True
         self._hold()
 
-    def _answered(self, task: asyncio.Task[None]) -> None:
-        self._requests.discard(task)
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._running.discard(task)
+        self._awaited.discard(task)
         self._active_at = self._loop.time()
-        if self._no_more and not self._requests:
+        if self._no_more and not self._awaited:
             self.flush()
             if not self._server.closing:
                 self.transport.close()
@@ -277,10 +160,10 @@ class _ServerConnection(_Connection):
     def _watch_idleness(self) -> None:
         idle_for = self._loop.time() - self._active_at
         left = self._options.idle_timeout - idle_for
-        if left > 0 or self._requests:
+        if left > 0 or self._running:
             self._idle = self._loop.call_later(max(left, 1), self._watch_idleness)
         else:
-            self.transport.abort() if self.held() else self.transport.close()
+            self.transport.abort()  # closed, it would wait for a peer that does not take what is left
 
 
 class TcpServer(Server):
@@ -335,7 +218,7 @@ class TcpServer(Server):
         self._connections.discard(connection)
 
 
-class _ClientConnection(_Connection):
+class _ClientConnection(FramedConnection):
     """The client's connection to its server."""
 
     def __init__(self, client: TcpClient) -> None:
@@ -380,6 +263,7 @@ class TcpClient(ClientProxy):
         self.options: ClientOptions = read_options(ClientOptions, address)
         self._connection: _ClientConnection | None = None
         self._opening: asyncio.Task[None] | None = None
+        self._streams: set[_StreamClient] = set()
 
     def ready(self) -> bool:
         return self._connection is not None and self._connection.congestion() is None
@@ -389,7 +273,9 @@ class TcpClient(ClientProxy):
             if self._opening is None:
                 # Shared by all who wait, so it belongs to none of them: neither context nor cancellation.
                 self._opening = asyncio.get_running_loop().create_task(self._open(), context=Context())
-            await asyncio.shield(self._opening)
+            await asyncio.wait([self._opening])
+            if self.status is Status.CLOSED:
+                raise Unavailable(f"The client of {self.service} is closed.", code="closed")
             if self._connection is None:
                 raise Unavailable(f"{self.service} cannot be reached at {self.address}: {self._failure}.")
         congestion = self._connection.congestion()
@@ -397,12 +283,11 @@ class TcpClient(ClientProxy):
             await asyncio.shield(congestion)
 
     async def publish(self, request: Request, route: str) -> None:
-        self._live().write(request)
+        self._hand_over(request)
 
     async def dispatch_event(self, event: Event, route: str) -> None:
-        connection = self._live()
         # NestJS sends an event's pattern as its route.
-        connection.write(Event(route, event.data, event.metadata))
+        connection = self._hand_over(Event(route, event.data, event.metadata))
         connection.flush()
         congestion = connection.congestion()
         if congestion is not None:
@@ -413,12 +298,16 @@ class TcpClient(ClientProxy):
     async def stream(self, data: Any, context: RpcContext) -> AsyncGenerator[Raw]:
         # A connection of its own: a slow reader holds up nobody else, and closing it is the only
         # way to tell a NestJS server that nobody reads any more.
-        private = TcpClient(self.address, self.service)
+        if self.status is Status.CLOSED:
+            raise Unavailable(f"The client of {self.service} is closed.", code="closed")
+        private = _StreamClient(self.address, self.service)
+        self._streams.add(private)
         try:
             async with aclosing(ClientProxy.stream(private, data, context)) as values:
                 async for value in values:
                     yield value
         finally:
+            self._streams.discard(private)
             await private.close()
 
     async def close(self) -> None:
@@ -429,6 +318,8 @@ class TcpClient(ClientProxy):
             self._connection.flush()
             self._connection.transport.close()
         self.fail_pending(Unavailable(f"The client of {self.service} is closed.", code="closed"))
+        for private in list(self._streams):
+            await private.close()
 
     def unwrap(self) -> asyncio.Transport | None:
         return self._connection.transport if self._connection is not None else None
@@ -441,10 +332,15 @@ class TcpClient(ClientProxy):
                 self.status = Status.DISCONNECTED
         self.fail_pending(ConnectionLost(f"Connection closed: {error}" if error else "Connection closed"))
 
-    def _live(self) -> _ClientConnection:
-        if self._connection is None:
+    def _hand_over(self, packet: Request | Event) -> _ClientConnection:
+        connection = self._connection
+        if connection is None or connection.transport.is_closing():
             raise Unavailable(f"{self.service} closed the connection before the call was sent.")
-        return self._connection
+        try:
+            connection.write(packet)
+        except codec.UNENCODABLE as error:
+            raise codec.not_json(error) from error
+        return connection
 
     async def _open(self) -> None:
         self.status = Status.CONNECTING
@@ -465,3 +361,20 @@ class TcpClient(ClientProxy):
             if self.status is Status.CONNECTING:
                 self.status = Status.DISCONNECTED
             self._opening = None
+
+
+class _StreamClient(TcpClient):
+    """The connection of one stream."""
+
+    def abandon(self, id: str) -> None:
+        # A plain end is what a peer sends that still wants its answers; a reset stops the work.
+        if self._connection is not None:
+            transport = self._connection.transport
+            native = transport.get_extra_info("socket")
+            native.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            transport.abort()
+
+    async def close(self) -> None:
+        for id in self._pending:
+            self.abandon(id)
+        await super().close()

@@ -68,7 +68,8 @@ class Command(BaseCommand):
                 if turn:
                     await asyncio.sleep(pause)
                 started = time.perf_counter()
-                outcome, code = await self._once(client, pattern, data, metadata)
+                outcome, ended = await self._once(client, pattern, data, metadata)
+                code = code or ended
                 if not options["raw"]:
                     ms = (time.perf_counter() - started) * 1000
                     where = str(proxy.address) if proxy.scheme != "local" else "in this process"
@@ -128,7 +129,7 @@ def read_data(text: str) -> Any:
         elif text.startswith("@"):
             text = Path(text[1:]).read_text(encoding="utf-8")
         return msgspec.json.decode(text)
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, UnicodeDecodeError, msgspec.DecodeError) as error:
         raise CommandError(f"The data is no JSON: {error}", returncode=USAGE) from error
 
 
