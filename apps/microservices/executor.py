@@ -183,9 +183,11 @@ def wait_for(start: Callable[[], Future[T]], timeout: float | None) -> T:
     `start` hands the coroutine to its loop; `timeout` is in seconds. Raises DeadlineExceeded.
     """
     if not _lends.get():
+        future = start()
         try:
-            return start().result(timeout)
+            return future.result(timeout)
         except TimeoutError:
+            future.cancel()
             raise DeadlineExceeded() from None
     waiting = Lender()
     token = lender.set(waiting)

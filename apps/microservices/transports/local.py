@@ -10,9 +10,41 @@ from msgspec import UNSET, Raw
 from .. import codec
 from ..dispatcher import Dispatcher
 from ..exceptions import RpcException, Unavailable
-from ..packets import Event, Reply, Request, Response
+from ..packets import Event, Packet, Reply, Request, Response
 from . import Address
 from .base import ClientProxy, Status
+
+
+class _Deliveries:
+    """Events on their way to handlers of this process, never more than `limit` at a time."""
+
+    limit = 1000
+    patience = 5.0
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._room = asyncio.Semaphore(self.limit)
+
+    async def start(self, dispatcher: Dispatcher, packet: Packet, transport: str) -> None:
+        """Hand an event to a dispatcher, as soon as there is room."""
+        await self._room.acquire()
+        task = dispatcher.dispatch(packet, _nobody, transport=transport, peer="")
+        if task is None:
+            self._room.release()
+        else:
+            self._tasks.add(task)
+            task.add_done_callback(self._done)
+
+    async def finish(self) -> None:
+        """Let running handlers finish for a moment: what was emitted is not taken back."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=self.patience)
+        for task in list(self._tasks):
+            task.cancel()
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._room.release()
 
 
 class LocalClient(ClientProxy):
@@ -22,9 +54,10 @@ class LocalClient(ClientProxy):
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         super().__init__(Address("local", "", 0, {}), dispatcher.service)
-        self._dispatcher = dispatcher
-        self._tasks: dict[str, asyncio.Task[None]] = {}
         self.status = Status.CONNECTED
+        self._dispatcher = dispatcher
+        self._requests: dict[str, asyncio.Task[None]] = {}
+        self._events = _Deliveries()
 
     def ready(self) -> bool:
         return self.status is Status.CONNECTED
@@ -36,27 +69,23 @@ class LocalClient(ClientProxy):
         packet = codec.decode_packet(_encode(request))
         task = self._dispatcher.dispatch(packet, self._reply, transport=self.scheme, peer="")
         if task is not None:
-            self._tasks[request.id] = task
-            task.add_done_callback(lambda _: self._tasks.pop(request.id, None))
+            self._requests[request.id] = task
+            task.add_done_callback(lambda _: self._requests.pop(request.id, None))
 
     async def dispatch_event(self, event: Event, route: str) -> None:
-        packet = codec.decode_packet(_encode(event))
-        task = self._dispatcher.dispatch(packet, _nobody, transport=self.scheme, peer="")
-        if task is not None:
-            key = f"event-{id(task)}"
-            self._tasks[key] = task
-            task.add_done_callback(lambda _: self._tasks.pop(key, None))
+        await self._events.start(self._dispatcher, codec.decode_packet(_encode(event)), self.scheme)
 
     def abandon(self, id: str) -> None:
-        task = self._tasks.get(id)
+        task = self._requests.get(id)
         if task is not None:
             task.cancel()
 
     async def close(self) -> None:
         self.status = Status.CLOSED
         self.fail_pending(Unavailable(f"The client of {self.service} is closed.", code="closed"))
-        for task in list(self._tasks.values()):
+        for task in list(self._requests.values()):
             task.cancel()
+        await self._events.finish()
 
     def unwrap(self) -> Dispatcher:
         return self._dispatcher
@@ -77,15 +106,15 @@ class MemoryBus(ClientProxy):
     """The event bus of one process: each service that hears an event gets it once, after `emit` returns."""
 
     scheme = "memory"
-    max_running = 1000
-    patience = 5.0
 
     def __init__(self, address: Address, dispatchers: Sequence[Dispatcher]) -> None:
         super().__init__(address, "events")
-        self._dispatchers = dispatchers
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._room = asyncio.Semaphore(self.max_running)
         self.status = Status.CONNECTED
+        self._dispatchers = dispatchers
+        self._events = _Deliveries()
+
+    def ready(self) -> bool:
+        return self.status is Status.CONNECTED
 
     async def connect(self) -> None:
         """Nothing to connect to; `emit` waits for room instead."""
@@ -96,30 +125,15 @@ class MemoryBus(ClientProxy):
     async def dispatch_event(self, event: Event, route: str) -> None:
         packet = codec.decode_packet(_encode(event))
         for dispatcher in self._dispatchers:
-            if not dispatcher.hears(route):
-                continue
-            await self._room.acquire()
-            task = dispatcher.dispatch(packet, _nobody, transport=self.scheme, peer="", channel=route)
-            if task is None:
-                self._room.release()
-            else:
-                self._tasks.add(task)
-                task.add_done_callback(self._done)
+            if dispatcher.hears(route):
+                await self._events.start(dispatcher, packet, self.scheme)
 
     async def close(self) -> None:
-        """Let running handlers finish for a moment: what was emitted is not taken back."""
         self.status = Status.CLOSED
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=self.patience)
-        for task in list(self._tasks):
-            task.cancel()
+        await self._events.finish()
 
     def unwrap(self) -> Sequence[Dispatcher]:
         return self._dispatchers
-
-    def _done(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        self._room.release()
 
 
 def _encode(packet: Request | Event) -> bytes:
