@@ -14,7 +14,7 @@ from msgspec import UNSET, Raw, UnsetType
 
 from .context import RpcContext, current, deadline_on_wire
 from .exceptions import INTERNAL, DeadlineExceeded, NoHandler, RpcException
-from .executor import Executor, lender
+from .executor import Executor, Lender, lender
 from .handlers import Colour, Door, Handler
 from .instruments import dropped
 from .middleware import Endpoint, Middleware, chain
@@ -26,6 +26,7 @@ Replier = Callable[[Response], Awaitable[None] | None]
 """Sends one packet of an answer; gives something to await while the peer reads too slowly."""
 
 MAX_SPELLINGS = 4096
+MAX_SPELLING = 256
 _STREAM_TURN = 64
 
 
@@ -56,7 +57,7 @@ class Dispatcher:
         self.handlers = tuple(handlers)
         self._executor = executor
         self._routes = self._compile(middlewares)
-        # By the pattern's bytes as peers write them. Bounded, since the peer chooses the spelling.
+        # By the pattern's bytes as peers write them. Bounded in number and length: the peer chooses the spelling.
         self._spellings: dict[bytes, Route] = {}
 
     @property
@@ -95,12 +96,12 @@ class Dispatcher:
             deadline=None if packet.metadata is UNSET else deadline_on_wire(packet.metadata),
         )
         if is_event:
-            return self._spawn(self._hear(route, packet.data, context), context)
+            return self._spawn(self._hear(route, packet.data, context), None)
         target = route.request or route.events[0]
         if target.in_place:
             self._answer_in_place(target, packet.data, context, reply, packet.id)
             return None
-        return self._spawn(self._answer(target, packet.data, context, reply, packet.id), context)
+        return self._spawn(self._answer(target, packet.data, context, reply, packet.id), lender.get())
 
     # Requests
 
@@ -130,10 +131,14 @@ class Dispatcher:
                 response = Response(is_disposed=True, id=id)
             else:
                 response = Response(response=result, is_disposed=True, id=id)
-        except asyncio.CancelledError:
-            if not context.expired():
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if context.expired():
+                response = self._failure(DeadlineExceeded(), context, id)
+            elif task is None or task.cancelling():
                 raise
-            response = self._failure(DeadlineExceeded(), context, id)
+            else:  # what the handler awaited was cancelled, and its caller still waits
+                response = self._failure(error, context, id)
         except Exception as error:  # noqa: BLE001 - logged and answered
             response = self._failure(error, context, id)
         finally:
@@ -161,7 +166,7 @@ class Dispatcher:
         except Exception as error:  # noqa: BLE001 - no JSON form, or too large: logged and answered
             reply(self._failure(error, context, response.id))
 
-    def _failure(self, error: Exception, context: RpcContext, id: Any) -> Response:
+    def _failure(self, error: BaseException, context: RpcContext, id: Any) -> Response:
         if isinstance(error, RpcException):
             return Response(err=error.to_wire(), is_disposed=True, id=id)
         logger.error("%s %s failed", context.service, context.pattern, exc_info=error)
@@ -172,12 +177,17 @@ class Dispatcher:
     async def _hear(self, route: Route, data: Raw | UnsetType, context: RpcContext) -> None:
         current.set(context)
         targets = route.events or ((route.request,) if route.request else ())
-        outcomes = await asyncio.gather(*(target.endpoint(data, context) for target in targets), return_exceptions=True)
+        listening = (self._listen(target, data, context) for target in targets)
+        outcomes = await asyncio.gather(*listening, return_exceptions=True)
         for target, outcome in zip(targets, outcomes, strict=True):
             if isinstance(outcome, Exception):
                 logger.error("%s failed to handle %s", target.handler.name, context.pattern, exc_info=outcome)
-            elif hasattr(outcome, "aclose"):
-                await outcome.aclose()  # an event has nobody to stream to
+
+    async def _listen(self, target: Target, data: Raw | UnsetType, context: RpcContext) -> None:
+        result = await target.endpoint(data, context)
+        if target.handler.colour is Colour.STREAM:
+            async for _ in result:  # nobody takes the values, but the work is done
+                pass
 
     # Start-up and bookkeeping
 
@@ -216,7 +226,7 @@ class Dispatcher:
         route = self._spellings.get(spelling)
         if route is None:
             route = self._read(spelling)
-            if route is not None and len(self._spellings) < MAX_SPELLINGS:
+            if route is not None and len(spelling) <= MAX_SPELLING and len(self._spellings) < MAX_SPELLINGS:
                 self._spellings[spelling] = route
         return route
 
@@ -227,13 +237,17 @@ class Dispatcher:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return None
         if isinstance(pattern, str):
-            return self._routes.get(pattern) or self._routes.get(route_in_text(pattern) or "")
-        return self._routes.get(route_on_wire(spelling) or "")
+            if pattern in self._routes:
+                return self._routes[pattern]
+            text = route_in_text(pattern)
+        else:
+            text = route_on_wire(spelling)
+        return None if text is None else self._routes.get(text)
 
-    def _spawn(self, work: Any, context: RpcContext) -> asyncio.Task[None]:
-        # A fresh context for each message; only the thread that lends itself is handed on.
+    def _spawn(self, work: Any, waiting: Lender | None) -> asyncio.Task[None]:
+        # A fresh context for each message; only the thread that waits for its answer is handed on. Nobody
+        # waits for an event: run in its emitter's thread, a handler would hold that up, inside its transaction.
         fresh = Context()
-        waiting = lender.get()
         if waiting is not None:
             fresh.run(lender.set, waiting)
         return asyncio.get_running_loop().create_task(work, context=fresh)

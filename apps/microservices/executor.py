@@ -55,12 +55,16 @@ class Executor:
         """Queue a job for the pool. Raises Unavailable when too many wait already."""
         if self._submitted >= self._limit + self._running:
             raise Unavailable("Too many calls are waiting for a thread.", code="overloaded")
+        try:
+            waiting = self._pool.submit(job)
+        except RuntimeError as error:
+            raise Unavailable("No more calls are taken.", code="closed") from error
+        waiting.add_done_callback(job.drop)
         self._submitted += 1
         job.future.add_done_callback(self._finished)
-        self._pool.submit(job)
 
     def close(self) -> None:
-        """Let running handlers finish and start no more."""
+        """Let running handlers finish and start no more; those that wait fail with Unavailable."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _finished(self, _: asyncio.Future[Any]) -> None:
@@ -107,6 +111,12 @@ class Job:
             self._loop.call_soon_threadsafe(self._settle, result, error)
         except RuntimeError:
             return  # the loop has closed, and with it whoever waited
+
+    def drop(self, waiting: Future[None]) -> None:
+        """Tell the caller when the pool was closed before the job's turn came."""
+        if waiting.cancelled():
+            error = Unavailable("The call was not started.", code="closed")
+            self._loop.call_soon_threadsafe(self._settle, None, error)
 
     def _run(self) -> Any:
         current.set(self._context)

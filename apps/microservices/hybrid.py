@@ -45,15 +45,24 @@ class HybridApplication:
             if message["type"] == "lifespan.startup":
                 try:
                     await self._lifecycle.start()
-                except MicroserviceError as error:
-                    await send({"type": "lifespan.startup.failed", "message": str(error)})
+                except Exception as error:  # noqa: BLE001 - logged and told to the server
+                    # uvicorn takes an exception for "speaks no lifespan" and would serve without the services.
+                    expected = isinstance(error, MicroserviceError)
+                    if not expected:
+                        logger.critical("The microservices could not start", exc_info=error)
+                    await self._end()
+                    reason = str(error) if expected else f"{type(error).__name__}: {error}"
+                    await send({"type": "lifespan.startup.failed", "message": reason})
                     return
                 await send({"type": "lifespan.startup.complete"})
             else:
-                await self._lifecycle.drain()
-                await self._lifecycle.stop()
+                await self._end()
                 await send({"type": "lifespan.shutdown.complete"})
                 return
+
+    async def _end(self) -> None:
+        await self._lifecycle.drain()
+        await self._lifecycle.stop()
 
 
 class _Reactor:

@@ -54,9 +54,10 @@ class Lifecycle:
         self.state = State.STARTING
         clients.settle(asyncio.get_running_loop())
         self.microservices = [get_microservice(name) for name in settings.servers]
-        if settings.listen:
-            for microservice in self.microservices:
+        for microservice in self.microservices:
+            if settings.listen:
                 await microservice.listen()
+            logger.info("%s lives here%s", microservice.name, "" if settings.listen else ", its doors closed")
         self.state = State.READY
 
     async def drain(self) -> None:
