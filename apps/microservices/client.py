@@ -92,7 +92,9 @@ class Client:
         handler's error, NoHandler, Unavailable, ConnectionLost or DeadlineExceeded.
         """
         bound = self._bound()
-        result = await bound.send(data, self._context(bound.proxy, pattern, timeout or self.timeout, metadata))
+        result = await bound.send(
+            data, self._context(bound.proxy, pattern, self.timeout if timeout is None else timeout, metadata)
+        )
         return None if result is None else self._decoder(returns)(result)
 
     async def stream(
@@ -111,7 +113,7 @@ class Client:
         bound = self._bound()
         decode = self._decoder(returns)
         context = self._context(bound.proxy, pattern, None, metadata)
-        context.patience = timeout or self.timeout
+        context.patience = self.timeout if timeout is None else timeout
         async with aclosing(await bound.stream(data, context)) as values:
             async for value in values:
                 yield decode(value)
@@ -121,7 +123,9 @@ class Client:
     ) -> None:
         """Hand over an event. Raises Unavailable or DeadlineExceeded when it was not handed over."""
         bound = self._bound()
-        await bound.emit(data, self._context(bound.proxy, pattern, timeout or self.timeout, metadata))
+        await bound.emit(
+            data, self._context(bound.proxy, pattern, self.timeout if timeout is None else timeout, metadata)
+        )
 
     async def close(self) -> None:
         """Close the connection of the running loop."""
@@ -222,7 +226,7 @@ class SyncClient:
 
     def _wait(self, work: Any, timeout: float | None) -> Any:
         # The call keeps its own deadline; this one only guards against a loop that has stopped.
-        return wait_for(lambda: self._run(work), (timeout or self._client.timeout) + _GRACE)
+        return wait_for(lambda: self._run(work), (self._client.timeout if timeout is None else timeout) + _GRACE)
 
 
 class Clients:
@@ -310,13 +314,11 @@ class _Background:
 
 def _submit(work: Coroutine[Any, Any, T], loop: Loop) -> Future[T]:
     try:
-        running = asyncio.get_running_loop()
+        asyncio.get_running_loop()
     except RuntimeError:
-        running = None
-    if running is loop:
-        work.close()
-        raise RuntimeError("This thread runs the event loop: `await client.send(...)` instead of `client.sync`.")
-    return asyncio.run_coroutine_threadsafe(work, loop)
+        return asyncio.run_coroutine_threadsafe(work, loop)
+    work.close()
+    raise RuntimeError("This thread runs an event loop: `await client.send(...)` instead of `client.sync`.")
 
 
 _background = _Background()

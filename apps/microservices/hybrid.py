@@ -45,7 +45,7 @@ class HybridApplication:
             if message["type"] == "lifespan.startup":
                 try:
                     await self._lifecycle.start()
-                except Exception as error:  # noqa: BLE001 - logged and told to the server
+                except Exception as error:
                     # uvicorn takes an exception for "speaks no lifespan" and would serve without the services.
                     expected = isinstance(error, MicroserviceError)
                     if not expected:

@@ -8,6 +8,7 @@ from http import HTTPStatus
 from typing import Any, ClassVar
 from urllib.parse import urlencode
 
+from django.core.exceptions import PermissionDenied
 from django.http import Http404, HttpRequest, HttpResponse, JsonResponse
 from drf_spectacular.utils import extend_schema
 from rest_framework import exceptions, serializers
@@ -115,6 +116,8 @@ def exception_handler(error: Exception, context: dict[str, Any]) -> Response | N
         if response is None:
             return None
         body = _http_problem(error, response.status_code, request.path)
+        if "Retry-After" in response:
+            body["retry_after"] = int(response["Retry-After"])
         headers = {name: response[name] for name in ("WWW-Authenticate", "Retry-After", "Allow") if name in response}
     # The browsable page is HTML whatever it shows.
     renderer = getattr(request, "accepted_renderer", None)
@@ -170,6 +173,8 @@ def _http_problem(error: Exception, status: int, path: str) -> dict[str, Any]:
         return problem(status, "invalid", path, "The data is not valid.", errors=_fields(error.get_full_details()))
     if isinstance(error, Http404):
         return problem(status, "not-found", path)
+    if isinstance(error, PermissionDenied):
+        return problem(status, "permission-denied", path)
     codes = error.get_codes() if isinstance(error, exceptions.APIException) else "error"
     code = codes.replace("_", "-") if isinstance(codes, str) else "error"
     return problem(status, code, path, str(getattr(error, "detail", "")))

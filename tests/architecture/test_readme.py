@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
 from microservices.client import Client
 from microservices.dispatcher import Dispatcher
 from microservices.executor import Executor, lending

@@ -143,9 +143,7 @@ def measure(peers: list[Peer], connections: int, in_flight: int, total: int, rou
     for peer in peers:
         cpu = statistics.median(cpu for cpu, _ in figures[peer.name])
         rate = statistics.median(rate for _, rate in figures[peer.name])
-        print(
-            f"{peer.name:28}{cpu:16.1f}{base_cpu / cpu:8.2f}{rate:13,.0f}{rate / base_rate:8.2f}{peer.memory:6.0f}"
-        )
+        print(f"{peer.name:28}{cpu:16.1f}{base_cpu / cpu:8.2f}{rate:13,.0f}{rate / base_rate:8.2f}{peer.memory:6.0f}")
 
 
 def main() -> None:

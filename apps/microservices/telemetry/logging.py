@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import logging
 import threading
@@ -47,6 +48,9 @@ class CallLog:
             except RpcException as error:
                 self._note(context, started, error.status_code)
                 raise
+            except asyncio.CancelledError:
+                self._note(context, started, _given_up(context))
+                raise
             except BaseException:
                 self._note(context, started, 500)
                 raise
@@ -71,6 +75,9 @@ class CallLog:
             status = 200
         except RpcException as error:
             status = error.status_code
+            raise
+        except (asyncio.CancelledError, GeneratorExit):
+            status = _given_up(context)
             raise
         finally:
             self._note(context, started, status)
@@ -122,6 +129,11 @@ class CallLog:
         )
         record.created = at
         self._logger.handle(record)
+
+
+def _given_up(context: RpcContext) -> int:
+    # 499 is what proxies log for a caller who left: nothing of the service's has failed.
+    return 504 if context.expired() else 499
 
 
 class JsonFormatter(logging.Formatter):

@@ -21,11 +21,13 @@ _ASTRAL = bytes(range(0xF0, 0x100))
 
 def frame(body: bytes) -> bytes:
     """Return `body`, UTF-8 text, with its length in front."""
-    return b"%d#%b" % (len(body) if body.isascii() else utf16_units(body), body)
+    return b"%d#%b" % (utf16_units(body), body)
 
 
 def utf16_units(text: bytes) -> int:
     """Return how many UTF-16 code units the UTF-8 text takes: one a character, two beyond U+FFFF."""
+    if text.isascii():
+        return len(text)
     return 2 * len(text) - len(text.translate(None, _ASTRAL)) - (len(text) - len(text.translate(None, _CONTINUATION)))
 
 
@@ -74,7 +76,7 @@ class FrameReader:
                 return None
             piece = bytes(buffer[self._scanned : self._scanned + self._left])
             self._scanned += len(piece)
-            self._left -= len(piece) if piece.isascii() else utf16_units(piece)
+            self._left -= utf16_units(piece)
         if self._left < 0:
             raise FrameError("The packet length ends inside a character.")
         end = self._end_of_character()
@@ -196,11 +198,12 @@ class FramedConnection(asyncio.Protocol):
         """Put a packet into the next write. Raises RpcException for one that is too large or no JSON."""
         if self.transport.is_closing():
             return
-        data = frame(codec.encode(packet))
-        if len(data) > self._max_units:
-            message = f"A packet of {len(data)} bytes exceeds the limit of {self._max_units}."
+        body = codec.encode(packet)
+        if len(body) > self._max_units and (units := utf16_units(body)) > self._max_units:
+            message = f"A packet of {units} UTF-16 units exceeds the limit of {self._max_units}."
             status = 500 if isinstance(packet, Response) else 413  # whose fault it is
             raise RpcException({"statusCode": status, "code": "packet-too-large", "message": message})
+        data = frame(body)
         self._out.append(data)
         self._out_size += len(data)
         if self._out_size > self._max_unsent:

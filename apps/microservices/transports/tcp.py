@@ -138,6 +138,10 @@ class _ServerConnection(FramedConnection):
         self.flush()
         self.transport.close()
 
+    def resume_writing(self) -> None:
+        self._active_at = self._loop.time()
+        super().resume_writing()
+
     def stop_reading(self) -> None:
         """Take no further request; running ones are still answered."""
         self._no_more = True
@@ -160,7 +164,8 @@ class _ServerConnection(FramedConnection):
     def _watch_idleness(self) -> None:
         idle_for = self._loop.time() - self._active_at
         left = self._options.idle_timeout - idle_for
-        if left > 0 or self._running:
+        # Work keeps a connection, but not for a peer that takes none of its answers.
+        if left > 0 or (self._running and self._writable is None):
             self._idle = self._loop.call_later(max(left, 1), self._watch_idleness)
         else:
             self.transport.abort()  # closed, it would wait for a peer that does not take what is left

@@ -37,7 +37,7 @@ def read(reader: FrameReader, pieces: list[bytes]) -> list[bytes]:
 
 
 @given(st.text())
-@settings(derandomize=True, max_examples=500, deadline=None)
+@settings(derandomize=True, max_examples=300, deadline=None)
 def test_units_are_those_of_utf_16(text: str) -> None:
     assert utf16_units(text.encode()) == len(text.encode("utf-16-le")) // 2
 
@@ -49,7 +49,7 @@ def test_a_frame_is_its_length_and_its_text(text: str) -> None:
 
 
 @given(st.lists(TEXTS.filter(bool), max_size=5), st.lists(st.integers(1, 40), min_size=1, max_size=5))
-@settings(derandomize=True, max_examples=600, deadline=None)
+@settings(derandomize=True, max_examples=300, deadline=None)
 def test_what_is_sent_is_what_is_read_however_it_is_cut(texts: list[str], sizes: list[int]) -> None:
     sent = [text.encode() for text in texts]
     reader = FrameReader(LIMIT)
@@ -61,7 +61,7 @@ def test_what_is_sent_is_what_is_read_however_it_is_cut(texts: list[str], sizes:
 
 
 @given(st.binary(max_size=60), st.lists(st.integers(1, 20), min_size=1, max_size=4))
-@settings(derandomize=True, max_examples=500, deadline=None)
+@settings(derandomize=True, max_examples=300, deadline=None)
 def test_any_bytes_give_bodies_or_a_frame_error_and_the_same_in_any_pieces(data: bytes, sizes: list[int]) -> None:
     def outcome(pieces: list[bytes]) -> tuple[list[bytes], bool]:
         reader, bodies = FrameReader(LIMIT), []

@@ -256,6 +256,50 @@ async def test_requests_beyond_max_in_flight_wait_unread_and_none_is_lost() -> N
 
 
 @pytest.mark.asyncio
+async def test_a_flood_of_events_waits_unread_and_none_is_lost() -> None:
+    running, most, heard = 0, 0, 0
+    go_on = asyncio.Event()
+
+    @event_pattern("made")
+    async def made() -> None:
+        nonlocal running, most, heard
+        running, heard = running + 1, heard + 1
+        most = max(most, running)
+        await go_on.wait()
+        running -= 1
+
+    async with serving(made, echo, max_in_flight=3) as server, connection(server.port) as peer:
+        await peer.say(framed({"pattern": "made", "data": 1}) * 100)
+        await until(lambda: heard == 3)
+        for _ in range(5):
+            assert await answered_elsewhere(server)
+        heard_meanwhile = heard
+        go_on.set()
+        await until(lambda: heard == 100)
+
+    assert (heard_meanwhile, most) == (3, 3)
+
+
+@pytest.mark.asyncio
+async def test_a_peer_that_stops_reading_a_stream_is_cut_off_in_the_end() -> None:
+    closed = asyncio.Event()
+
+    @message_pattern("flood")
+    async def flood() -> AsyncIterator[str]:
+        try:
+            while True:
+                yield "x" * 10_000
+        finally:
+            closed.set()
+
+    async with serving(flood, idle_timeout=0.1) as server, connection(server.port) as deaf:
+        await deaf.say(asked("flood"))
+        deaf.stop_reading()
+        await closed.wait()
+        await until(lambda: not connections(server))
+
+
+@pytest.mark.asyncio
 async def test_a_stream_to_a_peer_that_never_reads_is_held_back() -> None:
     sent, closed = 0, asyncio.Event()
 

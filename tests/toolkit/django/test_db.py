@@ -1,0 +1,173 @@
+"""Which database a model is on, and in what state a handler finds its connections."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from django.contrib.admin.models import LogEntry
+from django.contrib.auth.models import User as Operator
+from django.db import connections, router
+from django.db.backends.signals import connection_created
+from django.db.transaction import atomic
+
+from microservices import RpcContext, message_pattern
+from microservices.client import Client
+from microservices.db import ServiceRouter, fresh_connections
+from microservices.dispatcher import Dispatcher
+from microservices.executor import Executor
+from microservices.handlers import Handler
+from microservices.transports.local import LocalClient
+from users.models import User
+
+Scratch = Callable[..., str]
+
+CONTEXT = RpcContext(service="shop", pattern="ask", transport="test", side="server")
+
+
+# Routes
+
+
+def test_a_services_models_are_on_its_own_database_and_all_others_on_default() -> None:
+    assert [router.db_for_read(model) for model in (User, Operator)] == ["users", "default"]
+    assert [router.db_for_write(model) for model in (User, Operator)] == ["users", "default"]
+
+
+def test_models_of_one_database_may_relate_and_those_of_two_may_not() -> None:
+    rules = ServiceRouter()
+
+    assert rules.allow_relation(User(), User())
+    assert rules.allow_relation(LogEntry(), Operator())
+    assert not rules.allow_relation(User(), Operator())
+    assert not rules.allow_relation(Operator(), User())
+
+
+@pytest.mark.parametrize(
+    ("alias", "app", "allowed"),
+    [
+        ("users", "users", True),
+        ("default", "users", False),
+        ("users", "auth", False),
+        ("default", "auth", True),
+        ("default", "app_without_models", True),
+    ],
+)
+def test_tables_are_made_on_their_own_database_alone(alias: str, app: str, allowed: bool) -> None:
+    assert ServiceRouter().allow_migrate(alias, app) is allowed
+
+
+@pytest.mark.django_db(databases=["default", "users"])
+@pytest.mark.parametrize(("alias", "table"), [("default", "auth_user"), ("users", "users_user")])
+def test_a_migrated_database_holds_its_own_tables_alone(alias: str, table: str) -> None:
+    tables = connections[alias].introspection.table_names()
+
+    assert {"auth_user", "users_user"} & set(tables) == {table}
+
+
+# Connections
+
+
+@pytest.fixture
+def connection(scratch: Scratch) -> Iterator[Any]:
+    """An open connection of this thread."""
+    connection = connections[scratch()]
+    connection.ensure_connection()
+    return connection
+
+
+def too_old(connection: Any) -> None:
+    """Make a connection one that CONN_MAX_AGE would end."""
+    connection.close_at = 0
+
+
+def test_an_old_connection_is_closed_before_a_handler_runs(connection: Any) -> None:
+    too_old(connection)
+
+    with fresh_connections(CONTEXT):
+        closed = connection.connection is None
+
+    assert closed
+
+
+def test_a_connection_that_grew_old_under_a_handler_is_closed_after_it(connection: Any) -> None:
+    with fresh_connections(CONTEXT):
+        before = connection.connection
+        too_old(connection)
+
+    assert before is not None
+    assert connection.connection is None
+
+
+def test_an_old_connection_is_closed_also_after_a_handler_that_failed(connection: Any) -> None:
+    def fail() -> None:
+        with fresh_connections(CONTEXT):
+            too_old(connection)
+            raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine"):
+        fail()
+
+    assert connection.connection is None
+
+
+def test_a_connection_that_may_live_on_is_kept(connection: Any) -> None:
+    before = connection.connection
+
+    with fresh_connections(CONTEXT):
+        during = connection.connection
+
+    assert before is during is connection.connection
+    assert before is not None
+
+
+def test_an_old_connection_inside_a_transaction_is_left_alone(connection: Any) -> None:
+    with atomic(using=connection.alias):
+        too_old(connection)
+        with fresh_connections(CONTEXT):
+            during = connection.connection
+        after = connection.connection
+
+    assert during is after is not None
+
+
+@pytest.mark.parametrize(("seconds", "opened_for_each"), [(600, False), (0, True)])
+def test_messages_share_the_connections_of_the_pools_threads(
+    scratch: Scratch, seconds: int, opened_for_each: bool
+) -> None:
+    alias = scratch(CONN_MAX_AGE=seconds)
+    with connections[alias].schema_editor() as editor:
+        editor.create_model(User)
+    together = threading.Barrier(4, timeout=10)
+    opened: list[Any] = []
+
+    @message_pattern("count")
+    def count(data: int) -> int:
+        if data < 4:
+            together.wait()  # so that each thread of the pool has had a message
+        return User.objects.using(alias).count()
+
+    async def ask(messages: int) -> list[int]:
+        async with asyncio.timeout(20):
+            return list(await asyncio.gather(*(client.send("count", number) for number in range(messages))))
+
+    def note(connection: Any, **_: Any) -> None:
+        opened.append(connection)
+
+    executor = Executor(4, units_of_work=[fresh_connections])
+    dispatcher = Dispatcher("shop", [Handler(count)], executor)
+    client = Client("shop", lambda: LocalClient(dispatcher), timeout=20)
+    connection_created.connect(note)
+    try:
+        answers = asyncio.run(ask(500))
+    finally:
+        connection_created.disconnect(note)
+        executor.close()
+        for connection in opened:
+            connection.inc_thread_sharing()
+            connection.close()
+
+    assert answers == [0] * 500
+    assert len(opened) == (500 if opened_for_each else 4)

@@ -1,0 +1,182 @@
+"""The health pages: who is asked for what, and what they give away."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+from asgiref.sync import async_to_sync
+from django.test import Client, RequestFactory
+from health_check import HealthCheck
+from health_check.exceptions import ServiceWarning
+
+from microservices.health import Doors, HealthView, ServiceDatabase, Started
+from microservices.lifecycle import State, lifecycle
+from microservices.microservice import get_microservice
+from microservices.transports import Address
+from microservices.transports.base import Status
+from microservices.transports.tcp import TcpServer
+
+Install = Callable[..., None]
+Scratch = Callable[..., str]
+
+PAGES = ["/readyz", "/health"]
+databases = pytest.mark.django_db(databases=["default", "users"])
+
+
+def asked(rf: RequestFactory, *checks: Any) -> tuple[int, dict[str, Any]]:
+    """Ask a page with these checks; return its status and its details."""
+    answer = async_to_sync(HealthView.as_view(checks=checks))(rf.get("/health"))
+    return answer.status_code, msgspec.json.decode(answer.content)["details"]
+
+
+@pytest.fixture
+def _ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lifecycle, "state", State.READY)
+
+
+@databases
+@pytest.mark.usefixtures("_ready")
+@pytest.mark.parametrize("page", PAGES)
+def test_a_process_that_takes_calls_tells_each_of_its_checks(client: Client, page: str) -> None:
+    before = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
+
+    answer = client.get(page)
+
+    body = answer.json()
+    assert (answer.status_code, answer["Content-Type"]) == (200, "application/json")
+    assert set(body) == {"status", "timestamp", "uptime", "details"}
+    assert body["status"] == "ok"
+    assert before <= datetime.datetime.fromisoformat(body["timestamp"]) <= datetime.datetime.now(datetime.UTC)
+    assert 0 < body["uptime"] <= lifecycle.uptime
+    assert body["details"] == {
+        "process": {"status": "up"},
+        "doors": {"status": "up"},
+        "database default": {"status": "up"},
+        "database users": {"status": "up"},
+    }
+
+
+@databases
+@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("state", [State.STARTING, State.DRAINING, State.STOPPED])
+def test_a_process_that_takes_no_calls_is_503_and_says_where_it_stands(
+    client: Client, monkeypatch: pytest.MonkeyPatch, page: str, state: State
+) -> None:
+    monkeypatch.setattr(lifecycle, "state", state)
+
+    answer = client.get(page)
+
+    assert (answer.status_code, answer.json()["status"]) == (503, "error")
+    assert answer.json()["details"]["process"] == {"status": "down", "message": f"Unavailable: {state}"}
+    assert answer.json()["details"]["database users"] == {"status": "up"}
+
+
+@pytest.mark.usefixtures("_ready")
+@pytest.mark.parametrize("page", PAGES)
+def test_a_process_that_cannot_use_its_databases_is_503(client: Client, page: str) -> None:
+    # Without the django_db mark every connection refuses to open.
+    answer = client.get(page)
+
+    assert (answer.status_code, answer.json()["status"]) == (503, "error")
+    assert answer.json()["details"]["process"] == {"status": "up"}
+    assert answer.json()["details"]["database users"] == {
+        "status": "down",
+        "message": "Unavailable: not usable: RuntimeError",
+    }
+
+
+@pytest.mark.parametrize("state", list(State))
+def test_livez_looks_at_nothing_but_the_event_loop(
+    client: Client, monkeypatch: pytest.MonkeyPatch, state: State
+) -> None:
+    monkeypatch.setattr(lifecycle, "state", state)
+
+    answer = client.get("/livez")
+
+    assert answer.status_code == 200
+    assert (answer.json()["status"], answer.json()["details"]) == ("ok", {})
+
+
+@pytest.mark.usefixtures("_ready")
+@pytest.mark.parametrize(("status", "code"), [(Status.CONNECTED, 200), (Status.CLOSED, 503)])
+def test_a_door_that_has_closed_is_named(
+    rf: RequestFactory, install: Install, monkeypatch: pytest.MonkeyPatch, status: Status, code: int
+) -> None:
+    install(url="tcp://127.0.0.1:3009", shop=[])
+    shop = get_microservice("shop")
+    door = TcpServer(Address("tcp", "127.0.0.1", 3009, {}), shop.dispatcher)
+    door.status = status
+    shop.servers.append(door)
+    monkeypatch.setattr(lifecycle, "microservices", [shop])
+
+    answered, details = asked(rf, Started, Doors)
+
+    down = {"status": "down", "message": "Unavailable: shop tcp://127.0.0.1:3009: closed"}
+    assert answered == code
+    assert details == {"process": {"status": "up"}, "doors": {"status": "up"} if code == 200 else down}
+
+
+def test_doors_that_are_meant_to_be_closed_are_none(
+    rf: RequestFactory, install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(shop=[])
+    shop = get_microservice("shop")
+    shop.servers.append(TcpServer(Address("tcp", "127.0.0.1", 3009, {}), shop.dispatcher))
+    monkeypatch.setattr(lifecycle, "microservices", [shop])
+
+    assert asked(rf, Doors) == (200, {"doors": {"status": "up"}})
+
+
+def test_what_is_wrong_with_a_database_stays_in_the_log(
+    rf: RequestFactory, scratch: Scratch, caplog: pytest.LogCaptureFixture
+) -> None:
+    alias = scratch(NAME="/no/such/folder/db.sqlite3", USER="tiger", PASSWORD="hunter2")
+
+    with caplog.at_level(logging.WARNING, "health_check"):
+        status, details = asked(rf, (ServiceDatabase, {"alias": alias}))
+
+    assert status == 503
+    assert details == {"database scratch": {"status": "down", "message": "Unavailable: not usable: OperationalError"}}
+    assert "unable to open database file" in caplog.text
+
+
+def test_a_warning_is_told_and_makes_nothing_unready(rf: RequestFactory) -> None:
+    @dataclasses.dataclass(repr=False)
+    class Disk(HealthCheck):
+        def __repr__(self) -> str:
+            return "disk"
+
+        def run(self) -> None:
+            raise ServiceWarning("nearly full")
+
+    assert asked(rf, Disk) == (200, {"disk": {"status": "up", "message": "Warning: nearly full"}})
+
+
+def test_a_database_that_comes_back_is_up_again(rf: RequestFactory, scratch: Scratch) -> None:
+    broken, _ = asked(rf, (ServiceDatabase, {"alias": scratch(NAME="/no/such/folder/db.sqlite3")}))
+    mended, _ = asked(rf, (ServiceDatabase, {"alias": scratch()}))
+
+    assert (broken, mended) == (503, 200)
+
+
+@databases
+@pytest.mark.usefixtures("_ready")
+def test_probes_may_ask_for_the_head_alone_and_nothing_may_be_sent(client: Client) -> None:
+    head = client.head("/readyz")
+    post = client.post("/readyz")
+
+    assert (head.status_code, head.content) == (200, b"")
+    assert post.status_code == 405
+
+
+@pytest.mark.parametrize("page", ["/livez", *PAGES])
+def test_no_cache_on_the_way_may_keep_an_answer(client: Client, page: str) -> None:
+    answer = client.get(page)
+
+    assert "no-store" in answer["Cache-Control"]

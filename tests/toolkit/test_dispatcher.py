@@ -1,0 +1,409 @@
+"""From a packet to its handler and back."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+from msgspec import UNSET, Raw
+
+from microservices.context import RpcContext, current
+from microservices.dispatcher import MAX_SPELLINGS, Dispatcher
+from microservices.exceptions import RpcException
+from microservices.handlers import event_pattern, message_pattern
+from microservices.packets import Packet
+from tests.toolkit.conftest import Answers, Recorder, packet, service, settled
+
+
+async def ask(dispatcher: Dispatcher, request: Packet, **facts: Any) -> list[dict[str, Any]]:
+    """Dispatch a packet and return the packets of its answer."""
+    answers = Answers()
+    async with asyncio.timeout(5):
+        await settled(dispatcher.dispatch(request, answers, **({"transport": "test", "peer": "peer:1"} | facts)))
+    return answers.packets
+
+
+def raw_packet(pattern: str) -> Packet:
+    """Make a request with a pattern as it stands on the wire."""
+    return Packet(pattern=Raw(pattern.encode()), data=Raw(b"1"), id=Raw(b'"1"'))
+
+
+def answering(pattern: Any, answer: Any = None) -> Callable[..., Any]:
+    """Make a handler that answers its own pattern, or this."""
+
+    @message_pattern(pattern)
+    async def handler(data: Any, ctx: RpcContext) -> Any:
+        return ctx.pattern if answer is None else answer
+
+    return handler
+
+
+# Which handler
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("registered", "on_wire"),
+    [
+        ({"cmd": "sum"}, '{ "cmd" :"sum"}'),
+        ({"cmd": "sum"}, r'"{ \"cmd\" : \"sum\" }"'),
+        ({"a": 1, "B": 2}, '{"B":2.0,"a":1}'),
+        (5, "5"),
+        (5, "5.0"),
+        (5, '"5.0"'),
+        (1000, "1e3"),
+        ([[1, 2]], "[1,2]"),
+        ("null", '"null"'),
+        ("true", '"true"'),
+        ("1e3", '"1e3"'),
+        ("quoted", r'"\"quoted\""'),
+        ("é", r'"\u00e9"'),
+        ("", '""'),
+    ],
+)
+async def test_a_pattern_finds_its_handler_however_it_is_spelled(registered: Any, on_wire: str) -> None:
+    dispatcher = service(answering(registered))
+
+    for _ in range(2):  # the second time it is known
+        (answer,) = await ask(dispatcher, raw_packet(on_wire))
+
+        assert answer["response"] == dispatcher.handlers[0].doors[0].route
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("on_wire", ["null", "true", '"null"', '"false"', "{", '"other"', "[" * 100_000, '"\\ud83d"'])
+async def test_a_pattern_that_matches_nothing_has_no_handler(on_wire: str) -> None:
+    dispatcher = service(answering("", "the handler of the empty pattern"), answering("ask"))
+
+    (answer,) = await ask(dispatcher, raw_packet(on_wire))
+
+    assert answer == {
+        "id": "1",
+        "status": "error",
+        "err": "There is no matching message handler defined in the remote service.",
+    }
+
+
+@pytest.mark.asyncio
+async def test_a_request_without_a_pattern_has_no_handler() -> None:
+    (answer,) = await ask(service(answering("")), Packet(data=Raw(b"1"), id=Raw(b"1")))
+
+    assert answer["status"] == "error"
+
+
+@pytest.mark.asyncio
+async def test_the_last_request_handler_of_a_pattern_wins() -> None:
+    dispatcher = service(answering("ask", "first"), answering("ask", "last"))
+
+    (answer,) = await ask(dispatcher, packet("ask"))
+
+    assert answer["response"] == "last"
+
+
+@pytest.mark.asyncio
+async def test_a_transport_may_know_the_route_better_than_the_packet() -> None:
+    dispatcher = service(answering("ask"), answering("channel"))
+
+    (answer,) = await ask(dispatcher, packet("ask"), channel="channel")
+    (unknown,) = await ask(dispatcher, packet("ask"), channel="unknown")
+
+    assert answer["response"] == "channel"
+    assert unknown["status"] == "error"
+
+
+@pytest.mark.asyncio
+async def test_an_event_that_nobody_hears_is_counted(losses: Callable[[str, str], int]) -> None:
+    answers = await ask(service(answering("ask")), packet("unknown", id=None))
+
+    assert answers == []
+    assert losses("test", "unknown-event") == 1
+
+
+def test_a_service_knows_what_it_hears() -> None:
+    @event_pattern("made")
+    async def made() -> None: ...
+
+    dispatcher = service(made, answering("ask"))
+
+    assert [dispatcher.hears(route) for route in ("made", "ask", "unknown")] == [True, False, False]
+
+
+@pytest.mark.asyncio
+async def test_spellings_are_remembered_within_bounds() -> None:
+    dispatcher = service(answering({"cmd": "ask"}))
+
+    for number in range(MAX_SPELLINGS + 10):
+        (answer,) = await ask(dispatcher, raw_packet('{"cmd":' + " " * number + '"ask"}'))
+        assert answer["response"] == '{"cmd":"ask"}'
+
+    # A peer chooses the spelling: neither many nor long ones may fill the memory.
+    assert len(dispatcher._spellings) <= MAX_SPELLINGS
+    assert sum(map(len, dispatcher._spellings)) < 2_000_000
+
+
+# What the handler sees
+
+
+@pytest.mark.asyncio
+async def test_a_handler_is_told_about_its_message() -> None:
+    seen: list[RpcContext] = []
+
+    @message_pattern({"cmd": "ask"})
+    async def handler(data: Any, ctx: RpcContext) -> None:
+        assert current.get() is ctx
+        seen.append(ctx)
+
+    await ask(service(handler), packet({"cmd": "ask"}, id="42", metadata={"traceparent": "00", "deadline": "5000"}))
+
+    (ctx,) = seen
+    assert (ctx.service, ctx.pattern, ctx.transport, ctx.side) == ("shop", '{"cmd":"ask"}', "test", "server")
+    assert (ctx.peer, ctx.id, ctx.metadata["traceparent"]) == ("peer:1", "42", "00")
+    assert 4 < (ctx.remaining() or 0) <= 5
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("metadata", [None, 5, "text", ["deadline"], {"deadline": {}}, UNSET])
+async def test_foreign_metadata_of_any_kind_does_no_harm(metadata: Any) -> None:
+    (answer,) = await ask(service(answering("ask", "fine")), packet("ask", metadata=metadata))
+
+    assert answer["response"] == "fine"
+
+
+@pytest.mark.asyncio
+async def test_a_handler_may_cap_the_deadline() -> None:
+    cancelled = []
+
+    @message_pattern("slow", deadline=0.05)
+    async def slow() -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cancelled.append("slow")
+            raise
+
+    (answer,) = await ask(service(slow), packet("slow", metadata={"deadline": "60000"}))
+
+    assert answer["err"]["statusCode"] == 504
+    assert answer["isDisposed"] is True
+    assert cancelled == ["slow"]
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("inline", [True, False])
+async def test_a_request_that_comes_too_late_does_not_run(inline: bool) -> None:
+    ran: list[int] = []
+
+    @message_pattern("ask", inline=inline)
+    def handler() -> None:
+        ran.append(1)
+
+    (answer,) = await ask(service(handler), packet("ask", metadata={"deadline": "0"}))
+
+    assert (answer["err"]["statusCode"], ran) == (504, [])
+
+
+@pytest.mark.asyncio
+async def test_an_inline_handler_is_answered_before_dispatch_returns() -> None:
+    @message_pattern("ask", inline=True)
+    def handler(data: int) -> int:
+        return data + 1
+
+    answers = Answers()
+    task = service(handler).dispatch(packet("ask", 1), answers, transport="test", peer="")
+
+    assert task is None
+    assert answers.packets == [{"response": 2, "isDisposed": True, "id": "1"}]
+
+
+@pytest.mark.asyncio
+async def test_middlewares_stand_around_an_inline_handler_too() -> None:
+    @message_pattern("ask", inline=True)
+    def handler(data: int) -> int:
+        return data + 1
+
+    recorder = Recorder()
+    (answer,) = await ask(service(handler, middlewares=[recorder]), packet("ask", 1))
+
+    assert answer["response"] == 2
+    assert [(bytes(data), outcome) for _, data, outcome in recorder.calls] == [(b"1", 2)]
+
+
+# Failures
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("inline", [True, False])
+async def test_a_bug_is_logged_and_hidden(inline: bool, caplog: pytest.LogCaptureFixture) -> None:
+    @message_pattern("ask", inline=inline)
+    def handler() -> None:
+        raise ZeroDivisionError("secret")
+
+    (answer,) = await ask(service(handler), packet("ask"))
+
+    assert answer == {"err": {"status": "error", "message": "Internal server error"}, "isDisposed": True, "id": "1"}
+    assert "secret" in caplog.text
+    assert "shop ask failed" in caplog.text
+
+
+@pytest.mark.asyncio
+async def test_an_expected_error_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    @message_pattern("ask")
+    async def handler() -> None:
+        raise RpcException({"statusCode": 404, "message": "nf"})
+
+    (answer,) = await ask(service(handler), packet("ask"))
+
+    assert answer["err"] == {"statusCode": 404, "message": "nf"}
+    assert caplog.records == []
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("colour", ["inline", "task", "pool", "stream"])
+async def test_an_answer_without_a_json_form_is_an_internal_error(colour: str) -> None:
+    @message_pattern("inline", inline=True)
+    def inline() -> Any:
+        return object()
+
+    @message_pattern("pool")
+    def pool() -> Any:
+        return object()
+
+    @message_pattern("task")
+    async def task() -> Any:
+        return object()
+
+    @message_pattern("stream")
+    async def stream() -> AsyncIterator[Any]:
+        yield object()
+
+    (answer,) = await ask(service(inline, pool, task, stream), packet(colour))
+
+    assert answer == {"err": {"status": "error", "message": "Internal server error"}, "isDisposed": True, "id": "1"}
+
+
+@pytest.mark.asyncio
+async def test_a_handler_that_is_cancelled_from_inside_is_answered() -> None:
+    @message_pattern("ask")
+    async def handler() -> None:
+        helper = asyncio.create_task(asyncio.sleep(60))
+        asyncio.get_running_loop().call_soon(helper.cancel)
+        await helper
+
+    (answer,) = await ask(service(handler), packet("ask"))
+
+    assert answer["err"] == {"status": "error", "message": "Internal server error"}
+
+
+@pytest.mark.asyncio
+async def test_a_task_that_is_cancelled_answers_nothing() -> None:
+    started = asyncio.Event()
+
+    @message_pattern("ask")
+    async def handler() -> None:
+        started.set()
+        await asyncio.Event().wait()
+
+    answers = Answers()
+    task = service(handler).dispatch(packet("ask"), answers, transport="test", peer="")
+    assert task is not None
+    await started.wait()
+    task.cancel()
+    await asyncio.wait([task])
+
+    assert task.cancelled()
+    assert answers.packets == []
+
+
+# Streams
+
+
+@pytest.mark.asyncio
+async def test_a_stream_is_a_packet_a_value_and_a_last_one() -> None:
+    @message_pattern("count")
+    async def count() -> AsyncIterator[int]:
+        yield 1
+        yield 2
+
+    answer = await ask(service(count), packet("count"))
+
+    assert answer == [{"response": 1, "id": "1"}, {"response": 2, "id": "1"}, {"isDisposed": True, "id": "1"}]
+
+
+@pytest.mark.asyncio
+async def test_a_stream_that_never_waits_does_not_hold_the_loop() -> None:
+    stop = asyncio.Event()
+
+    @message_pattern("flood")
+    async def flood() -> AsyncIterator[int]:
+        while not stop.is_set():
+            yield 1
+
+    task = asyncio.create_task(ask(service(flood), packet("flood")))
+    asyncio.get_running_loop().call_later(0.01, stop.set)
+
+    assert (await task)[-1] == {"isDisposed": True, "id": "1"}
+
+
+# Events
+
+
+@pytest.mark.asyncio
+async def test_every_colour_hears_events_and_nothing_is_answered() -> None:
+    heard: list[str] = []
+
+    @event_pattern("made")
+    def pool(data: int) -> None:
+        heard.append("pool")
+
+    @event_pattern("made")
+    async def task(data: int) -> str:
+        heard.append("task")
+        return "for nobody"
+
+    @event_pattern("made", inline=True)
+    def inline(data: int) -> None:
+        heard.append("inline")
+
+    @event_pattern("made")
+    async def stream(data: int) -> AsyncIterator[int]:
+        yield 1
+        heard.append("stream, to its end")
+
+    answers = await ask(service(pool, task, inline, stream), packet("made", 1, id=None))
+
+    assert answers == []
+    assert sorted(heard) == ["inline", "pool", "stream, to its end", "task"]
+
+
+@pytest.mark.asyncio
+async def test_each_failing_event_handler_is_named_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    @event_pattern("made")
+    async def wrong_payload(data: dict[str, int]) -> None: ...
+
+    @event_pattern("made")
+    def broken(data: int) -> None:
+        raise ZeroDivisionError
+
+    @event_pattern("made")
+    async def broken_stream(data: int) -> AsyncIterator[int]:
+        yield 1
+        raise LookupError
+
+    await ask(service(wrong_payload, broken, broken_stream), packet("made", 1, id=None))
+
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 3
+    for message, name in zip(messages, ("wrong_payload", "broken", "broken_stream"), strict=True):
+        assert f"{name} failed to handle made" in message
+
+
+def test_the_routes_of_a_service_can_be_listed() -> None:
+    @event_pattern("made")
+    async def made() -> None: ...
+
+    routes = service(made, answering({"cmd": "ask"})).routes
+
+    assert json.dumps(sorted(routes)) == json.dumps(["made", '{"cmd":"ask"}'])
+    assert routes["made"].request is None
+    assert routes['{"cmd":"ask"}'].events == ()

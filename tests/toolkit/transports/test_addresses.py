@@ -1,0 +1,88 @@
+"""Addresses: which transport, where, with which options."""
+
+import msgspec
+import pytest
+
+from microservices.exceptions import ConfigurationError
+from microservices.transports import Address, load, parse, read_options
+from microservices.transports.local import MemoryBus
+from microservices.transports.tcp import ServerOptions, TcpClient, TcpServer
+
+
+class Options(msgspec.Struct):
+    """What a URL may set."""
+
+    idle_timeout: float = 300
+    max_connections: int = 1024
+
+
+def test_a_url_is_split_into_its_parts() -> None:
+    address = parse("tcp://[::1]:3001?idle_timeout=1.5&max_connections=5")
+
+    assert address == Address("tcp", "::1", 3001, {"idle_timeout": "1.5", "max_connections": "5"})
+    assert parse("memory://") == Address("memory", "", 0, {})
+
+
+@pytest.mark.parametrize(
+    ("url", "complaint"),
+    [
+        ("tpc://127.0.0.1:3001", r"Did you mean tcp://\?"),
+        ("http2://127.0.0.1:3001", "Known: memory://, tcp://"),
+        ("127.0.0.1", "Unknown transport"),
+        ("", "Unknown transport"),
+        ("tcp://127.0.0.1", "must name a host and a port"),
+        ("tcp://:3001", "must name a host and a port"),
+        ("tcp://127.0.0.1:many", "Port could not be cast"),
+        ("tcp://127.0.0.1:70000", "out of range"),
+        ("tcp://127.0.0.1:3001,127.0.0.1:3002", "several addresses"),
+    ],
+)
+def test_a_wrong_url_is_explained(url: str, complaint: str) -> None:
+    with pytest.raises(ConfigurationError, match=complaint):
+        parse(url)
+
+
+def test_an_address_is_shown_without_its_options() -> None:
+    assert str(parse("tcp://127.0.0.1:3001?idle_timeout=1")) == "tcp://127.0.0.1:3001"
+    assert str(parse("memory://")) == "memory://"
+
+
+def test_options_are_read_as_what_they_are() -> None:
+    options = read_options(Options, parse("tcp://127.0.0.1:3001?idle_timeout=1.5"))
+
+    assert options == Options(idle_timeout=1.5)
+
+
+@pytest.mark.parametrize(
+    ("query", "complaint"),
+    [
+        ("idle_timeot=1", "unknown option 'idle_timeot'; did you mean 'idle_timeout'"),
+        ("zzz=1", "known are idle_timeout, max_connections"),
+        ("max_connections=many", "tcp://127.0.0.1:3001: .*max_connections"),
+        ("max_connections=1.5", "max_connections"),
+    ],
+)
+def test_a_wrong_option_is_explained(query: str, complaint: str) -> None:
+    with pytest.raises(ConfigurationError, match=complaint):
+        read_options(Options, parse(f"tcp://127.0.0.1:3001?{query}"))
+
+
+def test_the_defaults_of_tcp_are_those_that_are_documented() -> None:
+    options = read_options(ServerOptions, parse("tcp://127.0.0.1:3001"))
+
+    assert (options.max_buffer_size, options.max_send_buffer_size) == (1024 * 1024, 1024 * 1024)
+    assert (options.incomplete_message_timeout, options.idle_timeout) == (10, 300)
+    assert (options.max_in_flight, options.max_connections) == (256, 1024)
+
+
+def test_a_scheme_names_a_class_for_each_part_that_it_plays() -> None:
+    tcp, memory = parse("tcp://127.0.0.1:3001"), parse("memory://")
+
+    assert (load(tcp, "server"), load(tcp, "client"), load(memory, "bus")) == (TcpServer, TcpClient, MemoryBus)
+
+
+def test_a_part_that_a_scheme_cannot_play_is_explained() -> None:
+    with pytest.raises(ConfigurationError, match="memory:// cannot serve a service; use tcp://"):
+        load(parse("memory://"), "server")
+    with pytest.raises(ConfigurationError, match="tcp:// cannot carry events; use memory://"):
+        load(parse("tcp://127.0.0.1:3001"), "bus")
