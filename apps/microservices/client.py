@@ -92,9 +92,9 @@ class Client:
         handler's error, NoHandler, Unavailable, ConnectionLost or DeadlineExceeded.
         """
         bound = self._bound()
-        result = await bound.send(
-            data, self._context(bound.proxy, pattern, self.timeout if timeout is None else timeout, metadata)
-        )
+        context = self._context(bound.proxy, pattern, metadata)
+        context.cap_deadline(self.seconds(timeout))
+        result = await bound.send(data, context)
         return None if result is None else self._decoder(returns)(result)
 
     async def stream(
@@ -112,8 +112,8 @@ class Client:
         """
         bound = self._bound()
         decode = self._decoder(returns)
-        context = self._context(bound.proxy, pattern, None, metadata)
-        context.patience = self.timeout if timeout is None else timeout
+        context = self._context(bound.proxy, pattern, metadata)
+        context.patience = self.seconds(timeout)
         async with aclosing(await bound.stream(data, context)) as values:
             async for value in values:
                 yield decode(value)
@@ -123,9 +123,13 @@ class Client:
     ) -> None:
         """Hand over an event. Raises Unavailable or DeadlineExceeded when it was not handed over."""
         bound = self._bound()
-        await bound.emit(
-            data, self._context(bound.proxy, pattern, self.timeout if timeout is None else timeout, metadata)
-        )
+        context = self._context(bound.proxy, pattern, metadata)
+        context.cap_deadline(self.seconds(timeout))
+        await bound.emit(data, context)
+
+    def seconds(self, timeout: float | None) -> float:
+        """Return how many seconds a call with this `timeout` may take."""
+        return self.timeout if timeout is None else timeout
 
     async def close(self) -> None:
         """Close the connection of the running loop."""
@@ -150,7 +154,7 @@ class Client:
             bound = self._per_loop[loop] = _Bound(proxy, send, stream_, emit)
         return bound
 
-    def _context(self, proxy: ClientProxy, pattern: Any, timeout: float | None, metadata: Metadata) -> RpcContext:
+    def _context(self, proxy: ClientProxy, pattern: Any, metadata: Metadata) -> RpcContext:
         written = codec.encode(pattern)
         context = RpcContext(
             service=self.service,
@@ -168,8 +172,6 @@ class Client:
             context.metadata["source"] = self._source
         if metadata:
             context.metadata.update(metadata)
-        if timeout is not None:
-            context.cap_deadline(timeout)
         return context
 
     def _route(self, pattern: Any, written: bytes) -> str:
@@ -226,7 +228,7 @@ class SyncClient:
 
     def _wait(self, work: Any, timeout: float | None) -> Any:
         # The call keeps its own deadline; this one only guards against a loop that has stopped.
-        return wait_for(lambda: self._run(work), (self._client.timeout if timeout is None else timeout) + _GRACE)
+        return wait_for(lambda: self._run(work), self._client.seconds(timeout) + _GRACE)
 
 
 class Clients:
