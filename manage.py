@@ -18,6 +18,8 @@ def main() -> None:
         execute_from_command_line(sys.argv)
     except ImproperlyConfigured as error:
         sys.exit(f"Improperly configured: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def live_here(argv: list[str]) -> None:

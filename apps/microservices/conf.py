@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from functools import cache
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 from django.conf import settings as django_settings
@@ -12,12 +12,15 @@ from django.utils.module_loading import import_string
 
 from .exceptions import ConfigurationError
 
+Seconds = Annotated[float, msgspec.Meta(gt=0)]
+Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
+
 
 class Service(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where a service is, and the port on which it tells how it is."""
 
     url: str
-    health: int | None = None
+    health: Port | None = None
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="upper"):
@@ -31,11 +34,13 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="
     """The services that live here, and the doors that they open."""
     listen: bool = True
     """Whether the services that live here open their doors."""
-    http_port: int = 3000
+    http_port: Port = 3000
+    data_dir: str = "data"
+    """Where the bus that `runfleet` brings along keeps its data."""
     events_url: str = "memory://"
-    call_timeout: float = 5.0
-    drain_timeout: float = 30.0
-    threads: int = 16
+    call_timeout: Seconds = 5.0
+    drain_timeout: Seconds = 30.0
+    threads: Annotated[int, msgspec.Meta(ge=1)] = 16
     """How many `def` handlers run at a time."""
     server_middleware: list[str] = []
     client_middleware: list[str] = []

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
+from copy import copy
 
 from msgspec import Raw
 
@@ -101,6 +104,19 @@ class RpcContext:
     def inherited(self) -> dict[str, str]:
         """Return the metadata that calls made on behalf of this message carry on."""
         return {key: value for key in _INHERITED if isinstance(value := self.metadata.get(key), str)}
+
+
+@contextmanager
+def beyond_deadline() -> Iterator[None]:
+    """Let the calls made inside take their own time: what has begun is ended, even if its caller has given up."""
+    caller = copy(current.get())
+    if caller is not None:
+        caller.deadline = None
+    token = current.set(caller)
+    try:
+        yield
+    finally:
+        current.reset(token)
 
 
 def deadline_on_wire(metadata: object) -> float | None:

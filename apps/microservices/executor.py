@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
@@ -34,8 +35,8 @@ class Executor:
     def __init__(self, size: int = 16, *, limit: int = 1000, units_of_work: Sequence[UnitOfWork] = ()) -> None:
         self._pool = ThreadPoolExecutor(size, thread_name_prefix="handler")
         self._limit = limit
-        self._submitted = 0
-        self._running = size
+        self._size = size
+        self._unfinished: set[Future[None]] = set()
         self._work: Callable[[Callable[[], Any], RpcContext], Any] = lambda call, context: call()
         for unit in reversed(units_of_work):
             self._work = _inside(unit, self._work)
@@ -53,22 +54,27 @@ class Executor:
 
     def submit(self, job: Job) -> None:
         """Queue a job for the pool. Raises Unavailable when too many wait already."""
-        if self._submitted >= self._limit + self._running:
+        # What its caller has given up counts until a thread has passed it: threads that hang must not
+        # let the queue grow.
+        if len(self._unfinished) >= self._limit + self._size:
             raise Unavailable("Too many calls are waiting for a thread.", code="overloaded")
         try:
             waiting = self._pool.submit(job)
         except RuntimeError as error:
             raise Unavailable("No more calls are taken.", code="closed") from error
+        self._unfinished.add(waiting)
+        waiting.add_done_callback(self._unfinished.discard)
         waiting.add_done_callback(job.drop)
-        self._submitted += 1
-        job.future.add_done_callback(self._finished)
+        job.future.add_done_callback(job.forget)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a thread is still at work."""
+        return bool(self._unfinished)
 
     def close(self) -> None:
         """Let running handlers finish and start no more; those that wait fail with Unavailable."""
         self._pool.shutdown(wait=False, cancel_futures=True)
-
-    def _finished(self, _: asyncio.Future[Any]) -> None:
-        self._submitted -= 1
 
 
 def _inside(
@@ -90,19 +96,20 @@ class Job:
         self, work: Callable[[Callable[[], Any], RpcContext], Any], call: Callable[[], Any], context: RpcContext
     ) -> None:
         self._work = work
-        self._call = call
+        self._call: Callable[[], Any] | None = call
         self._context = context
         self._loop = asyncio.get_running_loop()
         self.future: asyncio.Future[Any] = self._loop.create_future()
 
     def __call__(self) -> None:
-        if self.future.cancelled():
+        call = self._call
+        if call is None or self.future.cancelled():
             return
         error: BaseException | None = None
         result = None
         try:
             # A fresh context per message: a shared one would leak language, time zone and trace.
-            result = Context().run(self._run)
+            result = Context().run(self._run, call)
         except StopIteration as stop:  # a future cannot carry it
             error = RuntimeError(f"a handler raised StopIteration: {stop}")
         except BaseException as raised:  # noqa: BLE001 - it is raised again where it is awaited
@@ -118,11 +125,15 @@ class Job:
             error = Unavailable("The call was not started.", code="closed")
             self._loop.call_soon_threadsafe(self._settle, None, error)
 
-    def _run(self) -> Any:
+    def forget(self, _: asyncio.Future[Any]) -> None:
+        """Let go of the payload when it is needed no more, though the job may still wait in the queue."""
+        self._call = None
+
+    def _run(self, call: Callable[[], Any]) -> Any:
         current.set(self._context)
         _lends.set(True)
         self._context.check_deadline()
-        return self._work(self._call, self._context)
+        return self._work(call, self._context)
 
     def _settle(self, result: Any, error: BaseException | None) -> None:
         if self.future.done():
@@ -155,8 +166,9 @@ class Lender:
     def wait(self, future: Future[T], timeout: float | None) -> T:
         """Run lent jobs until `future` is done, then return its result."""
         future.add_done_callback(lambda _: self._jobs.put(None))
+        end = None if timeout is None else time.monotonic() + timeout
         try:
-            while (job := self._jobs.get(timeout=timeout)) is not None:
+            while (job := self._jobs.get(timeout=None if end is None else max(0, end - time.monotonic()))) is not None:
                 job()
         except queue.Empty:
             future.cancel()

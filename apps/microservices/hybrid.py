@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from .exceptions import MicroserviceError
-from .lifecycle import Lifecycle, lifecycle
+from .lifecycle import Lifecycle, exit_now, lifecycle
 
 logger = logging.getLogger("microservices")
 
@@ -29,6 +29,7 @@ class HybridApplication:
     def __init__(self, application: Application, owner: Lifecycle = lifecycle) -> None:
         self._application = application
         self._lifecycle = owner
+        owner.application = application  # it runs the consumers of events, too
         self._reactor = _Reactor(owner) if "twisted.internet.reactor" in sys.modules else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -108,6 +109,8 @@ class _Reactor:
     def _started(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and task.exception() is not None:
             logger.critical("The microservices could not start: %s", task.exception())
+            # daphne itself would end with 0, and a supervisor take that for success.
+            self._reactor.addSystemEventTrigger("after", "shutdown", exit_now, 1)
             self._reactor.stop()
 
     def _before_shutdown(self) -> Any:
@@ -119,5 +122,5 @@ class _Reactor:
     async def _finish(self) -> None:
         await self._lifecycle.drain()
         if self._requests:
-            await asyncio.wait(self._requests, timeout=self._lifecycle.grace)
+            await asyncio.wait(self._requests, timeout=self._lifecycle.remaining)
         await self._lifecycle.stop()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from enum import StrEnum
+from typing import Any
 
 from .client import clients
 from .conf import get_settings
@@ -31,7 +34,11 @@ class Lifecycle:
     def __init__(self) -> None:
         self.state = State.STOPPED
         self.started_at = time.monotonic()
+        self._end = 0.0
         self.microservices: Sequence[Microservice] = ()
+        self.application: Any = None
+        # Whoever holds a connection that never ends by itself adds how it takes its leave.
+        self.on_drain: set[Callable[[], Awaitable[None]]] = set()
 
     @property
     def ready(self) -> bool:
@@ -42,6 +49,11 @@ class Lifecycle:
     def grace(self) -> float:
         """Seconds that running work has to finish when the process stops."""
         return get_settings().drain_timeout
+
+    @property
+    def remaining(self) -> float:
+        """Seconds of it that are left once draining has begun; never quite none, so that what is done can leave."""
+        return max(0.5, self._end - time.monotonic())
 
     @property
     def uptime(self) -> float:
@@ -55,36 +67,56 @@ class Lifecycle:
         clients.settle(asyncio.get_running_loop())
         self.microservices = [get_microservice(name) for name in settings.servers]
         for microservice in self.microservices:
-            if settings.listen:
-                await microservice.listen()
+            for mailbox in microservice.mailboxes:
+                mailbox.application = self.application or mailbox.application
+            await microservice.listen(doors=settings.listen)
             logger.info("%s lives here%s", microservice.name, "" if settings.listen else ", its doors closed")
         self.state = State.READY
 
     async def drain(self) -> None:
         """Take no more messages and finish the running ones within DRAIN_TIMEOUT."""
         self.state = State.DRAINING
-        await asyncio.gather(*(microservice.close(self.grace) for microservice in self.microservices))
+        self._end = time.monotonic() + self.grace
+        await asyncio.gather(
+            *(microservice.close(self.grace) for microservice in self.microservices),
+            *(self._leave(leave) for leave in tuple(self.on_drain)),
+        )
 
     async def stop(self) -> None:
         """Close all connections to others. Call it after `drain` and after the last HTTP request."""
         await clients.close()
+        for microservice in self.microservices:
+            await microservice.finish()
         clients.settle(None)
         self.state = State.STOPPED
+
+    async def _leave(self, leave: Callable[[], Awaitable[None]]) -> None:
+        try:
+            async with asyncio.timeout(self.grace):
+                await leave()
+        except Exception:  # of one connection: the others have to be told, too
+            logger.exception("a connection was not ended properly")
 
 
 lifecycle = Lifecycle()
 
 
-async def until_signalled() -> signal.Signals:
-    """Wait for SIGTERM or SIGINT; a second one ends the process at once."""
+def exit_now(code: int) -> None:
+    """End the process without waiting for threads that are still at work."""
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(code)
+
+
+async def until_signalled(at_once: Callable[[], None] = lambda: None) -> signal.Signals:
+    """Wait for SIGTERM or SIGINT; a second one calls `at_once` and ends the process."""
     loop = asyncio.get_running_loop()
     received: asyncio.Future[signal.Signals] = loop.create_future()
 
     def on_signal(number: signal.Signals) -> None:
         if received.done():
-            for handled in (signal.SIGTERM, signal.SIGINT):
-                loop.remove_signal_handler(handled)
-            signal.raise_signal(number)
+            at_once()
+            exit_now(128 + number)
         else:
             received.set_result(number)
 

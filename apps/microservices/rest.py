@@ -8,10 +8,10 @@ from http import HTTPStatus
 from typing import Any, ClassVar
 from urllib.parse import urlencode
 
-from django.core.exceptions import PermissionDenied
+from django.core.exceptions import PermissionDenied, RequestDataTooBig
 from django.http import Http404, HttpRequest, HttpResponse, JsonResponse
 from drf_spectacular.utils import extend_schema
-from rest_framework import exceptions, serializers
+from rest_framework import exceptions, parsers, serializers
 from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.views import APIView
@@ -27,13 +27,26 @@ Shape = type[serializers.Serializer[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
+class Lookup:
+    """What a view asks another service before it sends: who or what an id of the data stands for.
+
+    `pattern` is sent to `service` with the field `id` of the data; `fields` of the reply are passed on.
+    """
+
+    service: str
+    pattern: Any
+    id: str
+    fields: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Send:
     """What a method of a view does: send `pattern` to `service` and answer with the reply.
 
     The data is one object: the query as `query` reads it, the body as `body` does, and the path's
     parameters, which win. `returns` shapes the reply; without it the reply passes as it is. With
-    `page` the reply is a list by that name, answered as `{"data": [...], "next": ...}`. `timeout`
-    is in seconds.
+    `page` the reply is a list by that name, answered as `{"data": [...], "next": ...}`. `lookups`
+    add fields to the data, by name. `timeout` is in seconds.
     """
 
     service: str
@@ -42,15 +55,28 @@ class Send:
     body: Shape | None = None
     returns: Shape | None = None
     page: str | None = None
+    lookups: Mapping[str, Lookup] = dataclasses.field(default_factory=dict)
     status: int = 200
     timeout: float | None = None
     summary: str = ""
+
+
+class JSONParser(parsers.JSONParser):
+    """DRF's parser, for which a body nested without end is a broken one."""
+
+    def parse(self, stream: Any, media_type: Any = None, parser_context: Any = None) -> Any:
+        """Return the body's data. Raises ParseError."""
+        try:
+            return super().parse(stream, media_type, parser_context)
+        except RecursionError as error:
+            raise exceptions.ParseError("The body is nested too deeply.") from error
 
 
 class RpcView(APIView):
     """A DRF view whose methods are declarations: `get = Send("users", {"cmd": "get_user"})`."""
 
     calls: ClassVar[dict[str, Send]] = {}
+    parser_classes = (JSONParser, parsers.FormParser, parsers.MultiPartParser)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -63,6 +89,7 @@ class RpcView(APIView):
         query = _valid(call.query, request.query_params)
         body = _valid(call.body, request.data) if call.body else {}
         data = {**query, **body, **path}
+        data |= {name: _looked_up(lookup, data) for name, lookup in call.lookups.items()}
         reply = clients[call.service].sync.send(call.pattern, data, timeout=call.timeout)
         if call.status == HTTPStatus.NO_CONTENT:
             return Response(status=call.status)
@@ -111,6 +138,8 @@ def exception_handler(error: Exception, context: dict[str, Any]) -> Response | N
         headers = {"Retry-After": str(body["retry_after"])} if "retry_after" in body else {}
         if error.status_code == HTTPStatus.UNAUTHORIZED:
             headers["WWW-Authenticate"] = "Bearer"
+    elif isinstance(error, RequestDataTooBig):
+        body, headers = problem(413, "body-too-large", request.path, "The body is too large."), {}
     else:
         response = drf_exception_handler(error, context)
         if response is None:
@@ -123,6 +152,11 @@ def exception_handler(error: Exception, context: dict[str, Any]) -> Response | N
     renderer = getattr(request, "accepted_renderer", None)
     content_type = PROBLEM if renderer is None or renderer.format == "json" else None
     return Response(body, status=body["status"], headers=headers, content_type=content_type)
+
+
+def bad_request(request: HttpRequest, exception: Exception) -> HttpResponse:
+    """Answer 400 for what is refused before any view; the URLconf's handler400."""
+    return JsonResponse(problem(400, "bad-request", request.path), status=400, content_type=PROBLEM)
 
 
 def server_error(request: HttpRequest) -> HttpResponse:
@@ -199,6 +233,11 @@ def _is_error(details: Any) -> bool:
 
 def _escaped(key: Any) -> str:
     return str(key).replace("~", "~0").replace("/", "~1")
+
+
+def _looked_up(lookup: Lookup, data: Mapping[str, Any]) -> dict[str, Any]:
+    found = clients[lookup.service].sync.send(lookup.pattern, {"id": data[lookup.id]})
+    return {field: found[field] for field in lookup.fields}
 
 
 def _valid(shape: Shape | None, given: Any) -> dict[str, Any]:

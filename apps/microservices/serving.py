@@ -11,17 +11,21 @@ import socket
 from typing import Any
 
 import uvicorn
+from django.apps import apps
 
 from .exceptions import ConfigurationError
-from .lifecycle import State, lifecycle, until_signalled
+from .lifecycle import State, exit_now, lifecycle, until_signalled
+from .microservice import get_executor
 
 logger = logging.getLogger("microservices")
+
+MAX_WEBSOCKET_MESSAGE = 4096  # bytes: browsers listen more than they say
 
 
 class HttpServer(uvicorn.Server):
     """uvicorn's server without its signal handling: the process has one owner, and it is not this."""
 
-    def __init__(self, application: Any, grace: float) -> None:
+    def __init__(self, application: Any) -> None:
         super().__init__(
             uvicorn.Config(
                 application,
@@ -29,17 +33,20 @@ class HttpServer(uvicorn.Server):
                 access_log=False,
                 log_config=None,
                 log_level="warning",
-                ws="none",
+                # Without Channels, as beside a service's health page, there is nobody to speak to.
+                ws="websockets-sansio" if apps.is_installed("channels") else "none",
+                ws_max_size=MAX_WEBSOCKET_MESSAGE,
+                ws_per_message_deflate=False,  # it costs each connection memory for what is short anyway
                 server_header=False,
-                timeout_graceful_shutdown=int(grace),
             )
         )
 
     def capture_signals(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
         return contextlib.nullcontext()
 
-    def finish(self) -> None:
-        """Take no more requests and end when the running ones have."""
+    def finish(self, grace: float) -> None:
+        """Take no more requests and end when the running ones have, or after `grace` seconds."""
+        self.config.timeout_graceful_shutdown = grace  # type: ignore[assignment]  # it takes fractions, too
         self.should_exit = True
 
 
@@ -50,9 +57,10 @@ def bind(host: str, port: int) -> socket.socket:
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind((host, port))
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         bound.close()
-        raise ConfigurationError(f"HTTP cannot listen on {host}:{port}: {error.strerror or error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigurationError(f"HTTP cannot listen on {host}:{port}: {reason}") from error
     bound.set_inheritable(False)
     return bound
 
@@ -64,10 +72,13 @@ def run(application: Any, host: str, port: int) -> None:
     """
     with bind(host, port) as bound, asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(_serve(application, bound))
+    if get_executor().busy:
+        logger.error("a handler is still at work after DRAIN_TIMEOUT; it is left behind")
+        exit_now(1)
 
 
 async def _serve(application: Any, bound: socket.socket) -> None:
-    http = HttpServer(application, lifecycle.grace)
+    http = HttpServer(application)
     serving = asyncio.create_task(http.serve(sockets=[bound]), name="http")
     signalled = asyncio.create_task(until_signalled(), name="signals")
     try:
@@ -81,7 +92,7 @@ async def _serve(application: Any, bound: socket.socket) -> None:
     finally:
         if lifecycle.state is not State.STOPPED:
             await lifecycle.drain()
-        http.finish()
+        http.finish(lifecycle.remaining)
         await serving
         await lifecycle.stop()
         signalled.cancel()

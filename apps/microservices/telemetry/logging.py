@@ -19,7 +19,8 @@ from ..instruments import dropped
 from ..middleware import Endpoint
 from ..packets import pattern_name
 
-_Line = tuple[float, RpcContext, float, int]
+_Line = tuple[float, str, str, str, int, float, str, str, str]
+_MAX_ID = 64
 
 _FIELDS = ("side", "service", "pattern", "status", "ms", "transport", "peer", "id")
 
@@ -65,7 +66,7 @@ class CallLog:
         """Write what waits, now."""
         with self._writing:
             while self._lines:
-                self._write(*self._lines.popleft())
+                self._write(self._lines.popleft())
 
     async def _to_the_end(self, values: AsyncIterator[Any], context: RpcContext, started: float) -> AsyncIterator[Any]:
         status = 500
@@ -88,7 +89,11 @@ class CallLog:
         if len(self._lines) >= self._limit:
             dropped.add(context.service, "call-log", "full")
             return
-        self._lines.append((time.time(), context, (time.perf_counter() - started) * 1000, status))
+        ms = (time.perf_counter() - started) * 1000
+        # Not the context itself: it may hold a whole packet, and a peer's id may be any text.
+        id = (context.id or "-")[:_MAX_ID]
+        side, service, pattern = context.side, context.service, context.pattern
+        self._lines.append((time.time(), side, service, pattern, status, ms, context.transport, context.peer, id))
         if not self._wake.is_set():
             self._wake.set()
             if self._thread is None:
@@ -103,20 +108,12 @@ class CallLog:
             self._wake.clear()
             self.flush()
 
-    def _write(self, at: float, context: RpcContext, ms: float, status: int) -> None:
+    def _write(self, line: _Line) -> None:
+        at, side, service, pattern, status, ms, transport, peer, id = line
         level = logging.WARNING if status >= 500 else logging.INFO
         if not self._logger.isEnabledFor(level):
             return
-        values = (
-            context.side,
-            context.service,
-            pattern_name(context.pattern),
-            status,
-            round(ms, 1),
-            context.transport,
-            context.peer or "-",
-            context.id or "-",
-        )
+        values = (side, service, pattern_name(pattern), status, round(ms, 1), transport, peer or "-", id)
         record = self._logger.makeRecord(
             self._logger.name,
             level,

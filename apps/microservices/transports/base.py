@@ -32,12 +32,14 @@ class Server(ABC):
     """Brings packets to a dispatcher and its answers back."""
 
     scheme: ClassVar[str]
+    opens_port: ClassVar[bool] = True
+    """Whether peers connect to it. A broker that is away never makes a process unready."""
 
     def __init__(self, address: Address, dispatcher: Dispatcher) -> None:
         self.address = address
         self.dispatcher = dispatcher
         self.status = Status.DISCONNECTED
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
 
     @abstractmethod
     async def listen(self) -> None:
@@ -53,7 +55,7 @@ class Server(ABC):
 
     def handle(
         self, packet: Packet, reply: Replier, *, peer: str, channel: str | None = None
-    ) -> asyncio.Task[None] | None:
+    ) -> asyncio.Task[Any] | None:
         """Hand a packet to the dispatcher; returns the task that works on it, if one has to."""
         task = self.dispatcher.dispatch(packet, reply, transport=self.scheme, peer=peer, channel=channel)
         if task is not None:
@@ -79,6 +81,7 @@ class ClientProxy(ABC):
     scheme: ClassVar[str]
     max_pending = 10_000
     max_buffered_values = 1024
+    id_bytes = 6
 
     def __init__(self, address: Address, service: str) -> None:
         self.address = address
@@ -86,7 +89,7 @@ class ClientProxy(ABC):
         self.status = Status.DISCONNECTED
         self._pending: dict[str, _Call | _Stream] = {}
         # Unique across processes, so that one id finds a call in the logs of both sides.
-        self._prefix = os.urandom(6).hex()
+        self._prefix = os.urandom(self.id_bytes).hex()
         self._count = 0
 
     # What a transport does
@@ -192,6 +195,12 @@ class ClientProxy(ABC):
             self._pending.pop(reply.id, None)
             waiting.end()
         return full
+
+    def fail(self, id: str, error: RpcException) -> None:
+        """Fail one call that waits for an answer."""
+        waiting = self._pending.pop(id, None)
+        if waiting is not None:
+            waiting.fail(error)
 
     def fail_pending(self, error: RpcException) -> None:
         """Fail every call that waits for an answer."""

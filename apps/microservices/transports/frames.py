@@ -93,7 +93,7 @@ class FrameReader:
         if mark < 0 and len(header) <= MAX_HEADER and (header.isdigit() or not header):
             return False
         if mark < 0 or not header.isdigit():
-            text = bytes(header).decode("ascii", "replace")
+            text = ascii(bytes(header).decode("ascii", "replace"))[1:-1]
             raise FrameError(f'Corrupted length value "{text}" supplied in a packet')
         units = int(header)
         if units > self._max_units:

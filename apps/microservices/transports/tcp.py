@@ -7,7 +7,7 @@ import logging
 import socket
 import struct
 from collections.abc import AsyncGenerator, Awaitable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from contextvars import Context
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from ..dispatcher import Dispatcher
 from ..exceptions import ConnectionLost, FrameError, PacketError, Unavailable
 from ..instruments import dropped
 from ..packets import Event, Request, Response
-from . import Address, read_options
+from . import Address, Count, Seconds, read_options
 from .base import ClientProxy, Server, Status
 from .frames import FramedConnection
 
@@ -33,20 +33,20 @@ _LIMIT = 1024 * 1024
 class ServerOptions(msgspec.Struct, frozen=True):
     """What a server's URL may set: sizes in UTF-16 units or bytes, times in seconds."""
 
-    max_buffer_size: int = _LIMIT
-    max_send_buffer_size: int = _LIMIT
-    incomplete_message_timeout: float = 10
-    idle_timeout: float = 300
-    max_in_flight: int = 256
-    max_connections: int = 1024
+    max_buffer_size: Count = _LIMIT
+    max_send_buffer_size: Count = _LIMIT
+    incomplete_message_timeout: Seconds = 10
+    idle_timeout: Seconds = 300
+    max_in_flight: Count = 256
+    max_connections: Count = 1024
 
 
 class ClientOptions(msgspec.Struct, frozen=True):
     """What a client's URL may set: sizes in UTF-16 units or bytes, times in seconds."""
 
-    max_buffer_size: int = _LIMIT
-    max_send_buffer_size: int = _LIMIT
-    connect_timeout: float = 5
+    max_buffer_size: Count = _LIMIT
+    max_send_buffer_size: Count = _LIMIT
+    connect_timeout: Seconds = 5
 
 
 class _ServerConnection(FramedConnection):
@@ -182,6 +182,7 @@ class TcpServer(Server):
         self.closing = False
         self._server: asyncio.Server | None = None
         self._connections: set[_ServerConnection] = set()
+        self._empty = asyncio.Event()
 
     async def listen(self) -> None:
         loop = asyncio.get_running_loop()
@@ -196,10 +197,18 @@ class TcpServer(Server):
             self._server.close()
         for connection in list(self._connections):
             connection.stop_reading()
+        end = asyncio.get_running_loop().time() + grace
         await self.finish(grace)
         for connection in list(self._connections):
             connection.flush()
-            connection.transport.close()
+            connection.transport.close()  # when it has sent what it holds
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(max(end, asyncio.get_running_loop().time() + 0.1)):
+                while self._connections:
+                    self._empty.clear()
+                    await self._empty.wait()
+        for connection in list(self._connections):
+            connection.transport.abort()
         self.status = Status.CLOSED
 
     def unwrap(self) -> asyncio.Server | None:
@@ -221,6 +230,7 @@ class TcpServer(Server):
     def forget(self, connection: _ServerConnection) -> None:
         """Count a connection out."""
         self._connections.discard(connection)
+        self._empty.set()
 
 
 class _ClientConnection(FramedConnection):
@@ -360,8 +370,8 @@ class TcpClient(ClientProxy):
             self.status = Status.CONNECTED
         except TimeoutError:
             self._failure = f"no connection within {self.options.connect_timeout:g} s"
-        except OSError as error:
-            self._failure = error.strerror or str(error)
+        except (OSError, UnicodeError) as error:  # no name, or one that cannot be a host's
+            self._failure = getattr(error, "strerror", None) or str(error)
         finally:
             if self.status is Status.CONNECTING:
                 self.status = Status.DISCONNECTED
