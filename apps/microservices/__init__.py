@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .client import clients
+    from .consumers import EventConsumer, EventRouter
     from .context import RpcContext
     from .exceptions import (
         ConfigurationError,
@@ -28,6 +29,8 @@ _HOMES = {
     "ConnectionLost": "exceptions",
     "DeadlineExceeded": "exceptions",
     "Endpoint": "middleware",
+    "EventConsumer": "consumers",
+    "EventRouter": "consumers",
     "HybridApplication": "hybrid",
     "InvalidPayload": "exceptions",
     "Middleware": "middleware",
@@ -46,6 +49,8 @@ __all__ = [
     "ConnectionLost",
     "DeadlineExceeded",
     "Endpoint",
+    "EventConsumer",
+    "EventRouter",
     "HybridApplication",
     "InvalidPayload",
     "MicroserviceError",

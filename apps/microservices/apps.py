@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from functools import partial
 from importlib import import_module
+from types import ModuleType
 
 from django.apps import AppConfig, apps
 from django.core.signals import setting_changed
@@ -10,7 +13,8 @@ from django.utils.module_loading import module_has_submodule
 
 from .client import clients
 from .conf import get_settings
-from .handlers import handlers_in, registry
+from .consumers import consumer_handlers
+from .handlers import Handler, handlers_in, registry
 from .microservice import get_executor, get_microservice
 
 
@@ -30,16 +34,18 @@ class MicroservicesConfig(AppConfig):
 
 def _collect() -> None:
     # Django's tests may install other apps: then `ready` is called again.
-    found = [
-        (app.label, handlers_in(import_module(f"{app.name}.handlers")))
-        for app in apps.get_app_configs()
-        if app.module is not None and module_has_submodule(app.module, "handlers")
-    ]
     registry.reset()
-    for service, handlers in found:
-        if handlers:
-            registry.add(service, handlers)
+    for app in apps.get_app_configs():
+        events = partial(consumer_handlers, app.label)
+        if handlers := [*_found(app, "handlers", handlers_in), *_found(app, "consumers", events)]:
+            registry.add(app.label, handlers)
     registry.freeze()
+
+
+def _found(app: AppConfig, name: str, collect: Callable[[ModuleType], Iterable[Handler]]) -> Iterable[Handler]:
+    if app.module is None or app.name == "microservices" or not module_has_submodule(app.module, name):
+        return ()
+    return collect(import_module(f"{app.name}.{name}"))
 
 
 def _forget(*, setting: str, **_: object) -> None:

@@ -117,16 +117,17 @@ def _bad_urls(settings: Settings) -> Iterator[checks.CheckMessage]:
 
 
 def _ports_used_twice(settings: Settings) -> Iterator[checks.CheckMessage]:
-    owners: dict[tuple[str, int], str] = {}
+    owners: dict[tuple[str, int], str] = {("127.0.0.1", settings.http_port): "HTTP_PORT"}
     for name, service in {**settings.clients, **settings.servers}.items():
         for address in _addresses(service.url):
-            for port in filter(None, (address.port, service.health)):
+            door = 0 if transports.SCHEMES[address.scheme].broker else address.port
+            for port in filter(None, (door, service.health)):
                 # Services on hosts of their own, as containers are, may well use the same port.
                 other = owners.setdefault((address.host, port), name)
                 if other != name:
                     text = f"{other} and {name} both use {address.host}:{port}."
                     yield checks.Error(text, id="microservices.E007")
-            if address.port and address.port == service.health:
+            if door and door == service.health:
                 text = f"{name} uses {address.host}:{address.port} twice."
                 yield checks.Error(text, id="microservices.E007")
 

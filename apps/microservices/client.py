@@ -23,7 +23,7 @@ from .microservice import get_microservice
 from .middleware import Endpoint, Middleware, chain
 from .packets import route
 from .transports.base import ClientProxy
-from .transports.local import LocalClient
+from .transports.local import LocalClient, MemoryBus
 
 T = TypeVar("T")
 Loop = asyncio.AbstractEventLoop
@@ -291,8 +291,9 @@ def _connect(service: str) -> ClientProxy:
     settings = get_settings()
     if service == EVENTS:
         address = transports.parse(settings.events_url)
-        listeners = [get_microservice(name).dispatcher for name in settings.servers]
-        return transports.load(address, "bus")(address, listeners)  # type: ignore[no-any-return]
+        if address.scheme == MemoryBus.scheme:
+            return MemoryBus(address, [get_microservice(name).dispatcher for name in settings.servers])
+        return transports.load(address, "bus")(address, service)  # type: ignore[no-any-return]
     if service in settings.servers:
         return LocalClient(get_microservice(service).dispatcher)
     address = transports.parse(settings.clients[service].url)

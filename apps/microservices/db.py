@@ -6,10 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from django.db import DEFAULT_DB_ALIAS, close_old_connections, connections
+from django.db import DEFAULT_DB_ALIAS, close_old_connections, connections, transaction
 from django.db.models import Model
+from msgspec import Raw
 
-from .context import RpcContext
+from . import codec
+from .client import clients
+from .context import RpcContext, beyond_deadline
 
 
 class ServiceRouter:
@@ -52,3 +55,22 @@ def fresh_connections(context: RpcContext) -> Iterator[None]:
 
 def _alias(app_label: str) -> str:
     return app_label if app_label in connections.settings else DEFAULT_DB_ALIAS
+
+
+def emit_on_commit(pattern: Any, data: Any, *, using: str) -> None:
+    """Hand an event to the bus when the transaction on `using` commits; at once where none is open.
+
+    The data is encoded here, so that what has no JSON form fails the work and not the announcement.
+    A bus that is away then is logged: the work is committed, and its caller must not hear otherwise.
+    Raises RpcException for data without a JSON form.
+    """
+    try:
+        body = Raw(codec.encode(data))
+    except codec.UNENCODABLE as error:
+        raise codec.not_json(error) from error
+
+    def announce() -> None:  # a function: Django names what failed by its __qualname__
+        with beyond_deadline():
+            clients.events.sync.emit(pattern, body)
+
+    transaction.on_commit(announce, using=using, robust=True)

@@ -71,8 +71,10 @@ class Dispatcher:
 
     def dispatch(
         self, packet: Packet, reply: Replier, *, transport: str, peer: str, channel: str | None = None
-    ) -> asyncio.Task[None] | None:
+    ) -> asyncio.Task[Any] | None:
         """Run what a packet asks for; returns the task that does, or None when it is done already.
+
+        The task of an event ends with the list of what its handlers raised.
 
         Answers go to `reply`. `channel` is the route where the transport knows it better than the
         packet. The caller owns the task: it keeps it, and cancels it when the peer is gone.
@@ -91,7 +93,7 @@ class Dispatcher:
             transport=transport,
             side="server",
             peer=peer,
-            metadata=packet.metadata if isinstance(packet.metadata, dict) else None,
+            metadata=_texts(packet.metadata) if isinstance(packet.metadata, dict) else None,
             id=None if isinstance(packet.id, UnsetType) else packet.id,
             deadline=None if packet.metadata is UNSET else deadline_on_wire(packet.metadata),
         )
@@ -174,14 +176,23 @@ class Dispatcher:
 
     # Events
 
-    async def _hear(self, route: Route, data: Raw | UnsetType, context: RpcContext) -> None:
+    async def _hear(self, route: Route, data: Raw | UnsetType, context: RpcContext) -> list[BaseException]:
         current.set(context)
         targets = route.events or ((route.request,) if route.request else ())
         listening = (self._listen(target, data, context) for target in targets)
+        # A CancelledError among the outcomes is that of something which a handler awaited: it has failed, too.
         outcomes = await asyncio.gather(*listening, return_exceptions=True)
         for target, outcome in zip(targets, outcomes, strict=True):
-            if isinstance(outcome, Exception):
-                logger.error("%s failed to handle %s", target.handler.name, context.pattern, exc_info=outcome)
+            if isinstance(outcome, BaseException):
+                self._report(target, context, outcome)
+        return [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+
+    def _report(self, target: Target, context: RpcContext, error: BaseException) -> None:
+        name, pattern = target.handler.name, context.pattern
+        if isinstance(error, RpcException):
+            logger.warning("%s refused %s: %s", name, pattern, error)
+        else:
+            logger.error("%s failed to handle %s", name, pattern, exc_info=error)
 
     async def _listen(self, target: Target, data: Raw | UnsetType, context: RpcContext) -> None:
         result = await target.endpoint(data, context)
@@ -217,7 +228,11 @@ class Dispatcher:
         async def in_place(data: Any, context: RpcContext) -> Any:
             return handler.invoke(handler.convert(data), context)
 
-        return {Colour.POOL: in_pool, Colour.TASK: in_task}.get(handler.colour, in_place)
+        async def in_consumer(data: Any, context: RpcContext) -> Any:
+            await handler.deliver(handler.convert(data), context)
+
+        ways = {Colour.POOL: in_pool, Colour.TASK: in_task, Colour.CONSUMER: in_consumer}
+        return ways.get(handler.colour, in_place)
 
     def _find(self, pattern: Raw | UnsetType) -> Route | None:
         if isinstance(pattern, UnsetType):
@@ -244,7 +259,7 @@ class Dispatcher:
             text = route_on_wire(spelling)
         return None if text is None else self._routes.get(text)
 
-    def _spawn(self, work: Any, waiting: Lender | None) -> asyncio.Task[None]:
+    def _spawn(self, work: Any, waiting: Lender | None) -> asyncio.Task[Any]:
         # A fresh context for each message; only the thread that waits for its answer is handed on. Nobody
         # waits for an event: run in its emitter's thread, a handler would hold that up, inside its transaction.
         fresh = Context()
@@ -264,3 +279,8 @@ class Dispatcher:
             task.cancel()
 
         return asyncio.get_running_loop().call_later(remaining, give_up)
+
+
+def _texts(metadata: dict[Any, Any]) -> dict[str, str]:
+    # A copy, since several services may hear one packet; and a peer may send anything there.
+    return {key: value for key, value in metadata.items() if isinstance(value, str)}

@@ -14,6 +14,7 @@ from msgspec import Raw, UnsetType
 from .codec import decoder
 from .context import RpcContext
 from .exceptions import ConfigurationError
+from .mailbox import Mailbox
 from .packets import pattern_name, route
 
 Retry = Literal["safe", "keyed", "never"]
@@ -44,6 +45,7 @@ class Colour(Enum):
     TASK = "async def: a task on the event loop"
     STREAM = "async def with yield: a task that answers many times"
     INLINE = "def declared inline: pure and quick, called in place"
+    CONSUMER = "method of a consumer: delivered to the consumer, which runs it"
 
 
 def message_pattern(
@@ -85,15 +87,24 @@ def _door(
     return decorate
 
 
-class Handler:
-    """A function with its doors, compiled: how its payload converts, how it is called, where it runs."""
+def doors_of(function: Callable[..., Any]) -> tuple[Door, ...]:
+    """Return the doors that the decorators have given a function."""
+    return tuple(getattr(function, _DOORS, ()))
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+
+class Handler:
+    """A function with its doors, compiled: how its payload converts, how it is called, where it runs.
+
+    A consumer's method comes with the `mailbox` of its class.
+    """
+
+    def __init__(self, function: Callable[..., Any], mailbox: Mailbox | None = None) -> None:
         self.function = function
+        self.mailbox = mailbox
         self.name = f"{function.__module__}.{function.__qualname__}"
-        self.doors: tuple[Door, ...] = tuple(getattr(function, _DOORS, ()))
-        self.colour = self._colour()
-        parameters = list(inspect.signature(function).parameters.values())
+        self.doors = doors_of(function)
+        self.colour = self._colour() if mailbox is None else Colour.CONSUMER
+        parameters = list(inspect.signature(function).parameters.values())[0 if mailbox is None else 1 :]
         required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         if len(required) > 2 or any(p.kind is p.KEYWORD_ONLY for p in required):
             raise ConfigurationError(f"{self.name}: a handler takes (data, context), (data) or nothing.")
@@ -113,6 +124,12 @@ class Handler:
     def convert(self, data: Raw | UnsetType) -> Any:
         """Return the payload as the annotation asks for it. Raises InvalidPayload."""
         return self._decode(data if isinstance(data, Raw) else _NULL) if self._arguments else None
+
+    async def deliver(self, payload: Any, context: RpcContext) -> None:
+        """Have the consumer of this method handle an event."""
+        if self.mailbox is None:
+            raise ConfigurationError(f"{self.name} is no consumer's method.")
+        await self.mailbox.deliver(self.function.__name__, (payload, context)[: self._arguments], context)
 
     def _call_with(self, arguments: int) -> Callable[[Any, RpcContext], Any]:
         function = self.function

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import datetime
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from django.db import connections
@@ -17,8 +17,9 @@ from health_check.views import HealthCheckView
 
 from .conf import get_settings
 from .context import RpcContext
+from .db import fresh_connections
+from .executor import Executor
 from .lifecycle import lifecycle
-from .microservice import get_executor
 from .transports.base import Status
 
 
@@ -44,7 +45,7 @@ class Doors(HealthCheck):
     async def run(self) -> None:
         for microservice in lifecycle.microservices if get_settings().listen else ():
             for server in microservice.servers:
-                if server.status is not Status.CONNECTED:
+                if server.opens_port and server.status is not Status.CONNECTED:
                     raise ServiceUnavailable(f"{microservice.name} {server.address}: {server.status}")
 
 
@@ -61,7 +62,7 @@ class ServiceDatabase(HealthCheck):
         context = RpcContext(service=self.alias, pattern="health", transport="local", side="server")
         context.cap_deadline(self.timeout.total_seconds())
         try:
-            await get_executor().run(partial(_select_one, self.alias), context)
+            await _probing().run(partial(_select_one, self.alias), context)
         except Exception as error:
             raise ServiceUnavailable(f"not usable: {type(error).__name__}") from error
 
@@ -108,6 +109,12 @@ def _detail(error: Exception | None) -> dict[str, str]:
 
 def _is_used(alias: str) -> bool:
     return not connections.settings[alias]["ENGINE"].endswith("dummy")
+
+
+@cache
+def _probing() -> Executor:
+    # A thread of its own: handlers that keep the pool busy must not make the process unready.
+    return Executor(1, limit=10, units_of_work=[fresh_connections])
 
 
 def _select_one(alias: str) -> None:

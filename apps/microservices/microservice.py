@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 
 from . import transports
@@ -12,6 +13,8 @@ from .dispatcher import Dispatcher
 from .exceptions import ConfigurationError
 from .executor import Executor
 from .handlers import registry
+from .mailbox import Mailbox
+from .transports import Address, Role
 from .transports.base import Server
 
 logger = logging.getLogger("microservices")
@@ -20,17 +23,19 @@ logger = logging.getLogger("microservices")
 class Microservice:
     """A service that lives here: its handlers, and the doors that lead to them."""
 
-    def __init__(self, dispatcher: Dispatcher, urls: Sequence[str]) -> None:
+    def __init__(self, dispatcher: Dispatcher, urls: Sequence[str], events_url: str = "memory://") -> None:
         self.name = dispatcher.service
         self.dispatcher = dispatcher
         self.urls = tuple(urls)
+        self.events_url = events_url
         self.servers: list[Server] = []
 
-    async def listen(self) -> None:
-        """Open all doors. Raises ConfigurationError for one that cannot be opened, naming it."""
-        for url in self.urls:
-            address = transports.parse(url)
-            server: Server = transports.load(address, "server")(address, self.dispatcher)
+    async def listen(self, *, doors: bool = True) -> None:
+        """Hear the bus, and open all doors. Raises ConfigurationError for one that cannot be opened, naming it."""
+        for mailbox in self.mailboxes:
+            mailbox.open()
+        for address, role in self._addresses(doors):
+            server: Server = transports.load(address, role)(address, self.dispatcher)
             try:
                 await server.listen()
             except OSError as error:
@@ -43,8 +48,26 @@ class Microservice:
     async def close(self, grace: float) -> None:
         """Close all doors; running handlers have `grace` seconds to finish."""
         servers, self.servers = self.servers, []
-        for server in servers:
-            await server.close(grace)
+        await asyncio.gather(*(server.close(grace) for server in servers))
+
+    async def finish(self) -> None:
+        """End the consumers. Call it when nobody delivers to them any more."""
+        await asyncio.gather(*(mailbox.close() for mailbox in self.mailboxes))
+
+    @property
+    def mailboxes(self) -> list[Mailbox]:
+        """The mailboxes of the service's consumers."""
+        return list({id(h.mailbox): h.mailbox for h in self.dispatcher.handlers if h.mailbox is not None}.values())
+
+    def _addresses(self, doors: bool) -> Iterator[tuple[Address, Role]]:
+        urls = self.urls if doors else ()
+        for url in urls:
+            yield transports.parse(url), "server"
+        # A server at the bus's own address brings the events along.
+        hears = any(self.dispatcher.hears(route) for route in self.dispatcher.routes)
+        events = transports.parse(self.events_url)
+        if hears and events.scheme != "memory" and self.events_url not in urls:
+            yield events, "listener"
 
 
 @cache
@@ -63,4 +86,4 @@ def get_microservice(name: str) -> Microservice:
         raise ConfigurationError(f"The service {name!r} does not live in this process (here: {here}).")
     middlewares = [load(path) for path in settings.server_middleware]
     dispatcher = Dispatcher(name, registry.of(name), get_executor(), middlewares)
-    return Microservice(dispatcher, [settings.servers[name].url])
+    return Microservice(dispatcher, [settings.servers[name].url], settings.events_url)

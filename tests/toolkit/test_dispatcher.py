@@ -394,8 +394,10 @@ async def test_each_failing_event_handler_is_named_in_the_log(caplog: pytest.Log
 
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 3
-    for message, name in zip(messages, ("wrong_payload", "broken", "broken_stream"), strict=True):
-        assert f"{name} failed to handle made" in message
+    assert "wrong_payload refused made: Expected 'object', got 'int'" in messages[0]
+    assert "broken failed to handle made" in messages[1]
+    assert "broken_stream failed to handle made" in messages[2]
+    assert [record.exc_info is not None for record in caplog.records] == [False, True, True]
 
 
 def test_the_routes_of_a_service_can_be_listed() -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 from importlib import import_module
-from typing import Any, Literal, NamedTuple
-from urllib.parse import parse_qsl, urlsplit
+from typing import Annotated, Any, Literal, NamedTuple
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 import msgspec
 
@@ -13,23 +13,47 @@ from ..exceptions import ConfigurationError
 
 
 class Transport(NamedTuple):
-    """The dotted paths of a scheme's classes: what serves it, what calls it, what carries events for all."""
+    """The dotted paths of a scheme's classes: what serves and what calls a service, what emits and hears events."""
 
     server: str = ""
     client: str = ""
     bus: str = ""
+    listener: str = ""
+    broker: bool = False
+    """Whether the address is a broker's, which all services may share."""
 
 
+_REDIS = Transport(
+    server="microservices.transports.redis.RedisServer",
+    client="microservices.transports.redis.RedisClient",
+    bus="microservices.transports.redis.RedisClient",
+    listener="microservices.transports.redis.RedisServer",
+    broker=True,
+)
+_STREAMS = Transport(
+    bus="microservices.transports.redis_streams.StreamsBus",
+    listener="microservices.transports.redis_streams.StreamsListener",
+    broker=True,
+)
 SCHEMES = {
     "memory": Transport(bus="microservices.transports.local.MemoryBus"),
+    "redis": _REDIS,
+    "rediss": _REDIS,
+    "redis-streams": _STREAMS,
+    "rediss-streams": _STREAMS,
     "tcp": Transport(
         server="microservices.transports.tcp.TcpServer",
         client="microservices.transports.tcp.TcpClient",
     ),
 }
 
-Role = Literal["server", "client", "bus"]
-_ROLES = {"server": "serve a service", "client": "call a service", "bus": "carry events"}
+Role = Literal["server", "client", "bus", "listener"]
+_ROLES = {"server": "serve a service", "client": "call a service", "bus": "carry events", "listener": "bring events"}
+
+
+# What a transport's options are made of.
+Count = Annotated[int, msgspec.Meta(ge=1)]
+Seconds = Annotated[float, msgspec.Meta(gt=0)]
 
 
 class Address(NamedTuple):
@@ -39,14 +63,22 @@ class Address(NamedTuple):
     host: str
     port: int
     options: dict[str, str]
+    username: str = ""
+    password: str = ""
+    path: str = ""
 
     def __str__(self) -> str:
+        # For people and logs: without credentials.
         return f"{self.scheme}://{self.host}:{self.port}" if self.host else f"{self.scheme}://"
+
+    def __repr__(self) -> str:
+        return f"<Address {self}>"
 
 
 def parse(url: str) -> Address:
     """Split a URL. Raises ConfigurationError for an unknown scheme, naming the nearest, or a bad port."""
     parts = urlsplit(url)
+    url = url.replace(f"{parts.netloc.rpartition('@')[0]}@", "***@")  # in an error it is for people and logs, too
     if parts.scheme not in SCHEMES:
         near = difflib.get_close_matches(parts.scheme, SCHEMES, n=1)
         hint = f" Did you mean {near[0]}://?" if near else f" Known: {', '.join(f'{s}://' for s in SCHEMES)}."
@@ -59,7 +91,9 @@ def parse(url: str) -> Address:
         raise ConfigurationError(f"{url!r}: {error}.") from error
     if parts.scheme == "tcp" and not (parts.hostname and port):
         raise ConfigurationError(f"{url!r} must name a host and a port, as in tcp://127.0.0.1:3001.")
-    return Address(parts.scheme, parts.hostname or "", port or 0, dict(parse_qsl(parts.query)))
+    options = dict(parse_qsl(parts.query))
+    user, password = unquote(parts.username or ""), unquote(parts.password or "")
+    return Address(parts.scheme, parts.hostname or "", port or 0, options, user, password, parts.path)
 
 
 def load(address: Address, role: Role) -> Any:

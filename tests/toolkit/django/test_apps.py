@@ -23,7 +23,10 @@ def test_the_handlers_of_every_app_are_found_under_its_label() -> None:
 
     assert "users.handlers.get_user" in names
     assert len(names) == len(set(names))
-    assert registry.services() == ["users"]
+    assert registry.services() == ["users", "orders", "payments", "notifications"]
+    assert "notifications.consumers.NotificationsConsumer.order_created" in [
+        handler.name for handler in registry.of("notifications")
+    ]
 
 
 def test_no_handler_can_be_added_once_the_apps_are_ready() -> None:

@@ -136,17 +136,18 @@ def test_settings_that_cannot_be_read_are_e004_and_stop_no_other_check(
         pytest.param(
             {"EVENTS_URL": "carrier-pigeon://roof"},
             "MICROSERVICES EVENTS_URL: Unknown transport 'carrier-pigeon' in 'carrier-pigeon://roof'. "
-            "Known: memory://, tcp://.",
+            "Known: memory://, redis://, rediss://, redis-streams://, rediss-streams://, tcp://.",
             id="no scheme at all",
         ),
         pytest.param(
             {"EVENTS_URL": "tcp://127.0.0.1:3001"},
-            "MICROSERVICES EVENTS_URL: tcp:// cannot carry events; use memory://.",
+            "MICROSERVICES EVENTS_URL: tcp:// cannot carry events; "
+            "use memory://, redis://, rediss://, redis-streams://, rediss-streams://.",
             id="no bus",
         ),
         pytest.param(
             {"SERVERS": {"users": {"url": "memory://"}}},
-            "MICROSERVICES SERVERS['users']: memory:// cannot serve a service; use tcp://.",
+            "MICROSERVICES SERVERS['users']: memory:// cannot serve a service; use redis://, rediss://, tcp://.",
             id="no server",
         ),
         pytest.param(

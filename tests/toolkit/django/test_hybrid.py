@@ -6,13 +6,14 @@ import asyncio
 import logging
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 from pytest_django import Settings
 
 from microservices.hybrid import HybridApplication
-from microservices.lifecycle import Lifecycle, State
+from microservices.lifecycle import Lifecycle, State, exit_now
 from tests.toolkit.django.conftest import is_open, turn, until
 
 Install = Callable[..., None]
@@ -148,13 +149,14 @@ class Reactor:
         self.stopped = False
         self._at_start: list[Callable[[], Any]] = []
         self._before_stop: list[Callable[[], Any]] = []
+        self.after_stop: list[partial[Any]] = []
 
     def callWhenRunning(self, call: Callable[[], Any]) -> None:
         self._at_start.append(call)
 
-    def addSystemEventTrigger(self, phase: str, event: str, call: Callable[[], Any]) -> None:
-        assert (phase, event) == ("before", "shutdown")
-        self._before_stop.append(call)
+    def addSystemEventTrigger(self, phase: str, event: str, call: Callable[..., Any], *args: Any) -> None:
+        assert event == "shutdown"
+        (self._before_stop if phase == "before" else self.after_stop).append(partial(call, *args))
 
     def callLater(self, delay: float, call: Callable[[], Any]) -> None:
         asyncio.get_running_loop().call_later(delay, call)
@@ -208,6 +210,7 @@ async def test_a_start_that_fails_stops_the_reactor_and_says_why(
     await asyncio.gather(*reactor.shut_down())
 
     assert f"could not start: shop cannot listen on tcp://127.0.0.1:{taken_port}" in caplog.text
+    assert [(call.func, call.args) for call in reactor.after_stop] == [(exit_now, (1,))]
 
 
 async def test_a_request_that_daphne_cancels_while_it_stops_is_answered_first(

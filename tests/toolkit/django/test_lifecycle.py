@@ -186,6 +186,28 @@ async def test_a_handler_that_outlasts_the_drain_timeout_is_cancelled(
     await caller.close()
 
 
+async def test_whoever_holds_a_connection_takes_its_leave_while_the_process_drains(
+    install: Install, caplog: pytest.LogCaptureFixture
+) -> None:
+    install(shop=[])
+    process = Lifecycle()
+    states = []
+
+    async def leave() -> None:
+        states.append(process.state)
+
+    async def stumble() -> None:
+        raise RuntimeError("no way out")
+
+    process.on_drain.update((stumble, leave))
+    await process.start()
+    await process.drain()
+    await process.stop()
+
+    assert states == [State.DRAINING]
+    assert "no way out" in caplog.text
+
+
 async def test_threads_call_on_the_loop_of_the_process_while_it_lives_and_elsewhere_after(install: Install) -> None:
     @message_pattern("where")
     async def where() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 
 import pytest
+from pytest_django import Settings
 
 from microservices import ConfigurationError
 from microservices.serving import HttpServer, bind
@@ -44,11 +45,21 @@ def test_a_host_that_is_not_of_this_machine_is_named() -> None:
 
 
 def test_the_server_leaves_signals_and_lifespan_to_the_process_that_owns_it() -> None:
-    server = HttpServer(None, 2.5)
+    server = HttpServer(None)
 
     with server.capture_signals() as captured:
-        server.finish()
+        server.finish(2.5)
 
     assert captured is None
     assert server.should_exit
     assert server.config.lifespan == "off"
+
+
+@pytest.mark.parametrize(("channels", "expected"), [(True, "websockets-sansio"), (False, "none")])
+def test_websockets_are_served_where_channels_is_installed(settings: Settings, channels: bool, expected: str) -> None:
+    settings.INSTALLED_APPS = [app for app in settings.INSTALLED_APPS if channels or app != "channels"]
+
+    config = HttpServer(None).config
+
+    assert config.ws == expected
+    assert config.ws_max_size == 4096

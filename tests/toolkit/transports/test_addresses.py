@@ -27,7 +27,7 @@ def test_a_url_is_split_into_its_parts() -> None:
     ("url", "complaint"),
     [
         ("tpc://127.0.0.1:3001", r"Did you mean tcp://\?"),
-        ("http2://127.0.0.1:3001", "Known: memory://, tcp://"),
+        ("http2://127.0.0.1:3001", "Known: memory://, redis://, .*tcp://"),
         ("127.0.0.1", "Unknown transport"),
         ("", "Unknown transport"),
         ("tcp://127.0.0.1", "must name a host and a port"),
@@ -82,7 +82,7 @@ def test_a_scheme_names_a_class_for_each_part_that_it_plays() -> None:
 
 
 def test_a_part_that_a_scheme_cannot_play_is_explained() -> None:
-    with pytest.raises(ConfigurationError, match="memory:// cannot serve a service; use tcp://"):
+    with pytest.raises(ConfigurationError, match="memory:// cannot serve a service; use redis://, rediss://, tcp://"):
         load(parse("memory://"), "server")
     with pytest.raises(ConfigurationError, match="tcp:// cannot carry events; use memory://"):
         load(parse("tcp://127.0.0.1:3001"), "bus")

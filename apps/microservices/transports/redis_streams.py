@@ -1,0 +1,343 @@
+"""Durable events over Redis Streams: a consumer group a service, acknowledged after the handler.
+
+An event is one entry of the stream `events:<route>`. Every service that hears it has a group there,
+so each gets a copy, and one of its processes takes it. What is not acknowledged stays pending: its
+own process tries again, and another takes over what a dead process has left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+import socket
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from contextvars import Context
+from functools import partial
+from typing import Any
+
+import msgspec
+from msgspec import UNSET
+
+from .. import codec
+from ..dispatcher import Dispatcher
+from ..exceptions import ConnectionLost, InvalidPayload, PacketError, RpcException, Unavailable
+from ..instruments import dropped
+from ..packets import Event, Packet, Request, Response
+from . import Address, read_options
+from .base import Server, Status
+from .resp import RedisError, RedisProxy, RespConnection, ignore, open_connection
+
+logger = logging.getLogger("microservices.redis_streams")
+
+STREAM = "events:"
+DEAD = "dead:"
+
+_BLOCK = 2.0
+_PATIENCE = 10.0
+_PAGE = 100
+_FORGET_AFTER = 24 * 3600 * 1000
+
+Key = tuple[bytes, bytes]
+"""A stream, and the id of one of its entries."""
+
+
+class Options(msgspec.Struct, frozen=True):
+    """What a URL may set; times in seconds."""
+
+    connect_timeout: float = 5
+    max_length: int = 100_000
+    """Entries that a stream keeps, about; older ones go, heard or not."""
+    prefetch: int = 50
+    """How many events a process works on at a time."""
+    attempts: int = 5
+    retry_after: float = 1
+    """The pause before the second attempt; each further one is five times longer."""
+    take_over_after: float = 15
+    """How long another process may be silent about an entry before it is taken over."""
+    max_retry_delay: float = 2
+
+
+class StreamsBus(RedisProxy):
+    """Appends events; `emit` returns when Redis has them."""
+
+    scheme = "redis-streams"
+
+    def __init__(self, address: Address, service: str) -> None:
+        super().__init__(address, service)
+        self.options: Options = read_options(Options, address)
+        self.connect_timeout = self.options.connect_timeout
+
+    async def publish(self, request: Request, route: str) -> None:
+        raise RpcException("An event bus answers no requests.")
+
+    async def dispatch_event(self, event: Event, route: str) -> None:
+        try:
+            body = codec.encode(event)
+        except codec.UNENCODABLE as error:
+            raise codec.not_json(error) from error
+        bound = (b"MAXLEN", b"~", b"%d" % self.options.max_length)
+        await self.live().command(b"XADD", f"{STREAM}{route}".encode(), *bound, b"*", b"packet", body)
+
+
+class StreamsListener(Server):
+    """Takes the events that a service hears, a bounded number at a time."""
+
+    scheme = "redis-streams"
+    opens_port = False
+
+    def __init__(self, address: Address, dispatcher: Dispatcher) -> None:
+        super().__init__(address, dispatcher)
+        self.options: Options = read_options(Options, address)
+        self._group = dispatcher.service.encode()
+        # Never used again: what a process has left must not look like the work of its successor.
+        self._consumer = f"{socket.gethostname()}-{os.getpid()}-{os.urandom(4).hex()}".encode()
+        self._streams = [f"{STREAM}{route}".encode() for route in dispatcher.routes if dispatcher.hears(route)]
+        self._running: dict[Key, asyncio.Task[None]] = {}
+        self._slots = asyncio.Semaphore(self.options.prefetch)
+        self._room = asyncio.Event()
+        self._room.set()
+        self._keeping: asyncio.Task[None] | None = None
+        self._joined = asyncio.Event()
+        self._reader: RespConnection | None = None
+        self._writer: RespConnection | None = None
+
+    async def listen(self) -> None:
+        """Join the groups; where Redis is away, go on trying in the background."""
+        if not self._streams:
+            return
+        self._keeping = asyncio.get_running_loop().create_task(self._keep_reading(), context=Context())
+        with suppress(TimeoutError):  # told already, with the reason
+            async with asyncio.timeout(self.options.connect_timeout):
+                await self._joined.wait()
+
+    async def close(self, grace: float) -> None:
+        if self._keeping is not None:
+            self._keeping.cancel()
+            await asyncio.wait([self._keeping])
+        if self._reader is not None:
+            await self._reader.close()
+        if self._running:
+            await asyncio.wait(self._running.values(), timeout=grace)
+        late = list(self._running.values())
+        for task in late:
+            task.cancel()
+        if late:
+            await asyncio.wait(late, timeout=1)
+        if self._writer is not None:
+            with suppress(RpcException):
+                await self._leave()
+            await self._writer.close()
+        self.status = Status.CLOSED
+
+    def unwrap(self) -> RespConnection | None:
+        return self._writer
+
+    # Reading
+
+    async def _keep_reading(self) -> None:
+        delay, told = 0.05, ""
+        while True:
+            self.status = Status.CONNECTING
+            reason = ""
+            try:
+                await self._join()
+                self.status = Status.CONNECTED
+                self._joined.set()
+                delay = 0.05
+                await self._until_lost()
+            except RpcException as error:
+                reason = str(error)
+            except Exception:
+                # It goes on: a listener that has ended would be a dead part of a healthy process.
+                logger.exception("%s stumbled over an event", self.dispatcher.service)
+            self._joined.clear()
+            self.status = Status.DISCONNECTED
+            if reason and reason != told:  # once, not with every attempt
+                logger.warning("%s does not hear %s: %s", self.dispatcher.service, self.address, reason)
+                told = reason
+            for connection in (self._reader, self._writer):
+                if connection is not None:
+                    await connection.close()
+            await asyncio.sleep(delay * random.uniform(0.5, 1))  # noqa: S311 - only to spread reconnects
+            delay = min(delay * 2, self.options.max_retry_delay)
+
+    async def _join(self) -> None:
+        connect = partial(open_connection, self.address, ignore, timeout=self.options.connect_timeout)
+        # One connection blocks while it waits for entries; the other acknowledges meanwhile.
+        self._reader, self._writer = await connect(), await connect()
+        for stream in self._streams:
+            try:
+                # From the first entry: an event may be older than the first start of its listener.
+                await self._command(b"XGROUP", b"CREATE", stream, self._group, b"0", b"MKSTREAM")
+            except RedisError as error:
+                if "BUSYGROUP" not in str(error):
+                    raise
+            await self._forget_the_dead(stream)
+
+    async def _forget_the_dead(self, stream: bytes) -> None:
+        for consumer in await self._command(b"XINFO", b"CONSUMERS", stream, self._group):
+            if not consumer[b"pending"] and consumer[b"idle"] > _FORGET_AFTER:
+                await self._command(b"XGROUP", b"DELCONSUMER", stream, self._group, consumer[b"name"])
+
+    async def _until_lost(self) -> None:
+        # No TaskGroup: cancelled while one of its tasks fails, it goes on.
+        tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._look_after())]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _read(self) -> None:
+        command = (b"XREADGROUP", b"GROUP", self._group, self._consumer, b"BLOCK", b"%d" % int(_BLOCK * 1000))
+        news = (b"STREAMS", *self._streams, *(b">" for _ in self._streams))
+        while True:
+            await self._room.wait()
+            # The count is one for each stream.
+            free = max(1, (self.options.prefetch - len(self._running)) // len(self._streams))
+            found = await _answer(self._reader, *command, b"COUNT", b"%d" % free, *news)
+            for stream, entries in (found or {}).items():
+                for entry, fields in entries:
+                    self._start((stream, entry), fields, attempt=1)
+
+    def _start(self, key: Key, fields: Any, *, attempt: int) -> None:
+        if key in self._running:
+            return
+        task = asyncio.get_running_loop().create_task(self._work(key, fields, attempt), context=Context())
+        self._running[key] = task
+        task.add_done_callback(partial(self._worked, key))
+        if len(self._running) >= self.options.prefetch:
+            self._room.clear()
+
+    def _worked(self, key: Key, task: asyncio.Task[None]) -> None:
+        del self._running[key]
+        if len(self._running) < self.options.prefetch:
+            self._room.set()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("%s stumbled over an event", self.dispatcher.service, exc_info=error)
+
+    async def _work(self, key: Key, fields: Any, attempt: int) -> None:
+        async with self._slots:
+            packet = _packet(fields)
+            if packet is None:
+                await self._bury(key, "it is no packet")
+                return
+            channel = key[0].decode().removeprefix(STREAM)
+            task = self.handle(packet, _nobody, peer=str(self.address), channel=channel)
+            failures = await task if task is not None else []
+            if not failures:
+                await self._certainly(b"XACK", key[0], self._group, key[1])
+            elif all(isinstance(failure, InvalidPayload) for failure in failures):
+                await self._bury(key, str(failures[0]))
+            elif attempt >= self.options.attempts:
+                await self._bury(key, f"attempt {attempt} failed: {failures[0]!r}")
+
+    # What was not acknowledged
+
+    async def _look_after(self) -> None:
+        pause = min(1.0, self.options.retry_after, self.options.take_over_after / 3)
+        while True:
+            await asyncio.sleep(pause)
+            for stream in self._streams:
+                await self._look_at(stream)
+
+    async def _look_at(self, stream: bytes) -> None:
+        least = min(self.options.retry_after, self.options.take_over_after / 3)
+        ours = []
+        async for entry, owner, idle, attempts in self._pending(stream, b"IDLE", b"%d" % int(least * 1000)):
+            if (stream, entry) in self._running:
+                if owner == self._consumer:
+                    ours.append(entry)
+            elif idle / 1000 >= self._pause(owner, attempts):
+                await self._again((stream, entry), idle, attempts)
+        if ours:
+            # Still at work: say so, or another process would take it over.
+            await self._command(b"XCLAIM", stream, self._group, self._consumer, b"0", *ours, b"JUSTID")
+
+    async def _pending(self, stream: bytes, *idle: bytes, consumer: bytes | None = None) -> AsyncIterator[Any]:
+        start, of = b"-", () if consumer is None else (consumer,)
+        while True:
+            page = await self._command(b"XPENDING", stream, self._group, *idle, start, b"+", b"%d" % _PAGE, *of)
+            for pending in page:
+                yield pending
+            if len(page) < _PAGE:
+                return
+            start = b"(" + page[-1][0]
+
+    def _pause(self, owner: bytes, attempts: int) -> float:
+        pause = float(self.options.retry_after * 5 ** max(0, attempts - 1))
+        return pause if owner == self._consumer else max(pause, self.options.take_over_after)
+
+    async def _again(self, key: Key, idle: int, attempts: int) -> None:
+        if len(self._running) >= 2 * self.options.prefetch:
+            return  # the next look will do; reading stops earlier, so that these come first
+        least = b"%d" % idle  # whoever claims it first has reset its idle time for the others
+        claimed = await self._command(b"XCLAIM", key[0], self._group, self._consumer, least, key[1])
+        for _, fields in claimed:
+            if attempts >= self.options.attempts:
+                await self._bury(key, f"its process ended {attempts} times")
+            else:
+                self._start(key, fields, attempt=attempts + 1)
+
+    async def _bury(self, key: Key, why: str) -> None:
+        stream, entry = key
+        logger.error("%s gives up an entry of %s: %s", self.dispatcher.service, stream.decode(), why)
+        dropped.add(self.dispatcher.service, self.scheme, "dead-letter")
+        found = await self._certainly(b"XRANGE", stream, entry, entry)
+        fields = [part for _, parts in found for part in parts]
+        where = (b"stream", stream, b"entry", entry, b"error", why.encode())
+        bound = (b"MAXLEN", b"~", b"%d" % self.options.max_length)
+        await self._certainly(b"XADD", DEAD.encode() + self._group, *bound, b"*", *where, *fields)
+        await self._certainly(b"XACK", stream, self._group, entry)
+
+    async def _leave(self) -> None:
+        for stream in self._streams:
+            left = [entry async for entry, *_ in self._pending(stream, consumer=self._consumer)]
+            if left:
+                # As if it had been silent for long: another process need not wait.
+                idle = (b"IDLE", b"%d" % int(self.options.take_over_after * 1000))
+                await self._command(b"XCLAIM", stream, self._group, self._consumer, b"0", *left, *idle, b"JUSTID")
+
+    # Commands
+
+    async def _command(self, *parts: bytes) -> Any:
+        return await _answer(self._writer, *parts)
+
+    async def _certainly(self, *parts: bytes) -> Any:
+        # The work is done: a connection that is lost now is no reason to do it twice.
+        while True:
+            await self._joined.wait()
+            try:
+                return await self._command(*parts)
+            except Unavailable as error:
+                logger.debug("%s", error)
+                await asyncio.sleep(0.05)
+
+
+async def _answer(connection: RespConnection | None, *parts: bytes) -> Any:
+    if connection is None:
+        raise ConnectionLost("There is no connection to Redis.")
+    try:
+        async with asyncio.timeout(_PATIENCE):
+            return await connection.command(*parts)
+    except TimeoutError:
+        raise Unavailable(f"Redis did not answer within {_PATIENCE:g} s.") from None
+
+
+def _packet(fields: Any) -> Packet | None:
+    try:
+        packet = codec.decode_packet(dict(zip(fields[::2], fields[1::2], strict=True))[b"packet"])
+    except (KeyError, PacketError, msgspec.DecodeError, UnicodeDecodeError):
+        return None
+    packet.id = UNSET
+    return packet
+
+
+def _nobody(response: Response) -> None:
+    """Where the answer to an event goes."""

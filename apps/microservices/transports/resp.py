@@ -1,0 +1,296 @@
+"""One connection to Redis: commands out in batches, replies and pushed messages in (RESP3)."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+from collections import deque
+from collections.abc import Callable
+from contextvars import Context
+from typing import Any, cast
+
+import hiredis
+
+from ..exceptions import ConnectionLost, RpcException, Unavailable
+from . import Address
+from .base import ClientProxy, Status
+
+Push = Callable[[list[Any]], None]
+
+_NOTHING = object()
+_MAX_UNSENT = 1024 * 1024
+_PUSHED_REPLIES = (b"subscribe", b"unsubscribe")
+# A peer that has vanished without a word counts as lost after this many seconds.
+_SILENCE = 15
+
+
+class RedisError(RpcException):
+    """Redis refused a command."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__({"statusCode": 503, "code": "redis", "message": message})
+
+
+class _Reply:
+    """The place of a command in the order of replies; `pushes` is how many messages answer it instead."""
+
+    __slots__ = ("future", "pushes")
+
+    def __init__(self, future: asyncio.Future[Any] | None, pushes: int) -> None:
+        self.future = future
+        self.pushes = pushes
+
+
+class RespConnection(asyncio.Protocol):
+    """Speaks RESP3 with hiredis as the parser; replies come in the order of their commands."""
+
+    transport: asyncio.Transport
+
+    def __init__(self, on_push: Push) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._reader = hiredis.Reader(notEnoughData=_NOTHING)
+        self._on_push = on_push
+        self._replies: deque[_Reply] = deque()
+        self._out: list[bytes] = []
+        self._flushing = False
+        self._held = False
+        self._writable: asyncio.Future[None] | None = None
+        self._channels = 0
+        self.ended: asyncio.Future[None] = self._loop.create_future()
+        """Done when the connection is lost or closed."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        self.transport.set_write_buffer_limits(high=_MAX_UNSENT)
+        _notice_silence(transport.get_extra_info("socket"))
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.ended.set_result(None)
+        replies, self._replies = self._replies, deque()
+        for reply in replies:
+            self._fail(reply.future)
+        self.resume_writing()
+
+    def data_received(self, data: bytes) -> None:
+        self._reader.feed(data)
+        self._read()
+
+    def _read(self) -> None:
+        try:
+            while not self._held and (reply := self._reader.gets()) is not _NOTHING:
+                if not isinstance(reply, hiredis.PushNotification):
+                    self._settle(reply)
+                elif reply[0] in _PUSHED_REPLIES:
+                    self._count_down()
+                else:
+                    self._on_push(reply)
+        except hiredis.ProtocolError:
+            self.transport.abort()
+
+    def pause_writing(self) -> None:
+        self._writable = self._loop.create_future()
+
+    def resume_writing(self) -> None:
+        writable, self._writable = self._writable, None
+        if writable is not None and not writable.done():
+            writable.set_result(None)
+
+    def congestion(self) -> asyncio.Future[None] | None:
+        """What to await while Redis reads too slowly."""
+        return self._writable
+
+    def hold(self) -> None:
+        """Read nothing more for now; Redis bounds what it keeps for us."""
+        if not self._held and not self.transport.is_closing():
+            self._held = True
+            self.transport.pause_reading()
+
+    def release(self) -> None:
+        """Read on."""
+        if self._held and not self.transport.is_closing():
+            self._held = False
+            self.transport.resume_reading()
+            self._read()  # what had already come
+
+    async def close(self) -> None:
+        """Send what is left and disconnect."""
+        self._flush()
+        self.transport.close()
+        # A Redis that takes nothing would keep the connection for ever.
+        await asyncio.wait([self.ended], timeout=1)
+        self.transport.abort()
+
+    def post(self, *parts: bytes) -> None:
+        """Send a command whose reply nobody needs, with the others of this turn of the loop."""
+        if not self.ended.done():
+            self._send(parts, _Reply(None, 0))
+
+    def command(self, *parts: bytes, pushes: int = 0) -> asyncio.Future[Any]:
+        """Send a command; the future holds its reply, a RedisError or a ConnectionLost.
+
+        `pushes` is how many pushed messages answer it in place of a reply.
+        """
+        future: asyncio.Future[Any] = self._loop.create_future()
+        if self.ended.done():
+            self._fail(future)
+        else:
+            self._send(parts, _Reply(future, pushes))
+        return future
+
+    def subscribe(self, *channels: bytes) -> asyncio.Future[Any]:
+        """Have the messages of some channels pushed; the future is done when all of them are."""
+        self._channels += len(channels)
+        return self.command(b"SUBSCRIBE", *channels, pushes=len(channels))
+
+    def unsubscribe(self) -> asyncio.Future[Any]:
+        """Have no more messages pushed; the future is done when the last one has been."""
+        channels, self._channels = self._channels, 0
+        return self.command(b"UNSUBSCRIBE", pushes=max(channels, 1))
+
+    def _send(self, parts: tuple[bytes, ...], reply: _Reply) -> None:
+        self._replies.append(reply)
+        self._out.append(b"*%d\r\n" % len(parts))
+        self._out.extend(b"$%d\r\n%b\r\n" % (len(part), part) for part in parts)
+        if not self._flushing:
+            self._flushing = True
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flushing = False
+        if self._out and not self.transport.is_closing():
+            self.transport.write(b"".join(self._out))
+        self._out.clear()
+
+    def _settle(self, reply: Any) -> None:
+        waiting = self._replies.popleft().future if self._replies else None
+        if waiting is None or waiting.done():
+            return
+        if isinstance(reply, hiredis.ReplyError):
+            waiting.set_exception(RedisError(str(reply)))
+        else:
+            waiting.set_result(reply)
+
+    def _count_down(self) -> None:
+        # Redis answers in order here, too, so these messages belong to the command at the head; an error
+        # in their place is a plain reply.
+        if self._replies and self._replies[0].pushes:
+            self._replies[0].pushes -= 1
+            if not self._replies[0].pushes:
+                self._settle(None)
+
+    @staticmethod
+    def _fail(reply: asyncio.Future[Any] | None) -> None:
+        if reply is not None and not reply.done():
+            reply.set_exception(ConnectionLost("The connection to Redis was lost."))
+            reply.exception()  # seen, even where nobody waits for it any more
+
+
+async def open_connection(address: Address, on_push: Push, *, timeout: float) -> RespConnection:
+    """Connect, authenticate and select. Raises Unavailable, naming Redis and the reason."""
+    context = ssl.create_default_context() if address.scheme.startswith("rediss") else None
+    connection: RespConnection | None = None
+    try:
+        async with asyncio.timeout(timeout):
+            _, connection = await asyncio.get_running_loop().create_connection(
+                lambda: RespConnection(on_push), address.host or "localhost", address.port or 6379, ssl=context
+            )
+            auth = (b"AUTH", (address.username or "default").encode(), address.password.encode())
+            await connection.command(b"HELLO", b"3", *(auth if address.password else ()))
+            if address.path.strip("/"):
+                await connection.command(b"SELECT", address.path.strip("/").encode())
+    except BaseException as error:
+        if connection is not None:
+            connection.transport.abort()
+        if isinstance(error, TimeoutError):
+            raise Unavailable(f"Redis at {address} did not answer within {timeout:g} s.") from None
+        if isinstance(error, OSError | RpcException):
+            reason = getattr(error, "strerror", None) or error
+            raise Unavailable(f"Redis cannot be reached at {address}: {reason}.") from error
+        raise
+    return connection
+
+
+def ignore(push: list[Any]) -> None:
+    """Take no notice of a pushed message."""
+
+
+def _notice_silence(native: socket.socket) -> None:
+    native.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    options = {"TCP_KEEPIDLE": _SILENCE // 3, "TCP_KEEPINTVL": _SILENCE // 3, "TCP_KEEPCNT": 2}
+    for name, value in (options | {"TCP_USER_TIMEOUT": _SILENCE * 1000}).items():
+        if hasattr(socket, name):  # not every system has them all
+            native.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+class RedisProxy(ClientProxy):
+    """A client with one connection to Redis, opened when first used and again after a loss."""
+
+    connect_timeout: float
+
+    def __init__(self, address: Address, service: str) -> None:
+        super().__init__(address, service)
+        self._connection: RespConnection | None = None
+        self._opening: asyncio.Task[None] | None = None
+        self._failure = ""
+
+    def ready(self) -> bool:
+        return self._connection is not None and self._connection.congestion() is None
+
+    async def connect(self) -> None:
+        if self._connection is None:
+            if self._opening is None:
+                # Shared by all who wait, so it belongs to none of them: neither context nor cancellation.
+                self._opening = asyncio.get_running_loop().create_task(self._open(), context=Context())
+            await asyncio.wait([self._opening])
+            if self.status is Status.CLOSED:
+                raise Unavailable(f"The client of {self.service} is closed.", code="closed")
+            if self._connection is None:
+                raise Unavailable(self._failure)
+        congestion = self._connection.congestion()
+        if congestion is not None:
+            await asyncio.shield(congestion)
+
+    async def close(self) -> None:
+        self.status = Status.CLOSED
+        self.fail_pending(Unavailable(f"The client of {self.service} is closed.", code="closed"))
+        if self._opening is not None:
+            self._opening.cancel()
+        if self._connection is not None:
+            await self._connection.close()
+
+    def unwrap(self) -> RespConnection | None:
+        return self._connection
+
+    def on_push(self, push: list[Any]) -> None:
+        """Take a pushed message."""
+
+    def on_lost(self) -> None:
+        """Forget what was known about a connection that is lost."""
+
+    def live(self) -> RespConnection:
+        """Return the connection. Raises Unavailable where it is gone."""
+        if self._connection is None:
+            raise Unavailable("Redis closed the connection before the message was sent.")
+        return self._connection
+
+    async def _open(self) -> None:
+        self.status = Status.CONNECTING
+        try:
+            connection = await open_connection(self.address, self.on_push, timeout=self.connect_timeout)
+            self._connection = connection
+            self.status = Status.CONNECTED
+            connection.ended.add_done_callback(self._lost)
+        except Unavailable as error:
+            self._failure = error.message
+        finally:
+            if self.status is Status.CONNECTING:
+                self.status = Status.DISCONNECTED
+            self._opening = None
+
+    def _lost(self, _: asyncio.Future[None]) -> None:
+        self._connection = None
+        if self.status is not Status.CLOSED:
+            self.status = Status.DISCONNECTED
+        self.on_lost()
+        self.fail_pending(ConnectionLost("The connection to Redis was lost."))
