@@ -10,10 +10,11 @@ from django.core.exceptions import ImproperlyConfigured
 
 from . import fleet
 
-DATA_DIR = Path(__file__).resolve().parent.parent / "data"
-
 # Any variable may come as <NAME>_FILE, the path of a file that holds it.
 env = environ.FileAwareEnv()
+
+# Where development keeps its databases, its mail and its bus.
+DATA_DIR = Path(env.str("DATA_DIR", default=str(Path(__file__).resolve().parent.parent / "data")))
 
 DEBUG = env.bool("DEBUG", default=False)
 
@@ -39,8 +40,17 @@ GATEWAY = "gateway" in HERE
 SERVICES = [name for name in fleet.SERVICES if name in HERE]
 
 
+def number(name: str, default: float) -> float:
+    """Return a variable's number. Raises ImproperlyConfigured, naming it, where it holds none."""
+    text: str = env.str(name, default=str(default)).strip()
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ImproperlyConfigured(f"{name} must be a number, not {text!r}.") from error
+
+
 def service_url(name: str) -> str:
-    """Return where a service is: one URL, or several with commas between."""
+    """Return the URL of a service."""
     url: str = env.str(f"{name.upper()}_URL", default=fleet.SERVICES[name]["url"])
     return url.strip()
 
@@ -48,9 +58,12 @@ def service_url(name: str) -> str:
 def health_port(name: str) -> int:
     """Return the port of a service's health page: <NAME>_HEALTH_PORT, or HEALTH_PORT where it lives alone."""
     port = fleet.SERVICES[name]["health"]
-    alone = env.int("HEALTH_PORT", default=port) if [name] == HERE else port
-    return int(env.int(f"{name.upper()}_HEALTH_PORT", default=alone))
+    alone = int(number("HEALTH_PORT", port)) if [name] == HERE else port
+    return int(number(f"{name.upper()}_HEALTH_PORT", alone))
 
+
+# The event bus and the channel layer; without it both stay in the memory of the process.
+REDIS_URL: str = env.str("REDIS_URL", default="").strip()
 
 PLACES = {name: {"url": service_url(name), "health": health_port(name)} for name in fleet.SERVICES}
 
@@ -58,11 +71,12 @@ MICROSERVICES = {
     "NAME": HERE[0] if len(HERE) == 1 else "shop",
     "CLIENTS": PLACES,
     "SERVERS": {name: PLACES[name] for name in SERVICES},
-    "HTTP_PORT": env.int("HTTP_PORT", default=env.int("PORT", default=fleet.HTTP_PORT)),
+    "HTTP_PORT": int(number("HTTP_PORT", number("PORT", fleet.HTTP_PORT))),
+    "DATA_DIR": str(DATA_DIR),
     "LISTEN": env.bool("LISTEN", default="runserver" not in sys.argv),
-    "EVENTS_URL": env.str("EVENTS_URL", default="memory://"),
-    "CALL_TIMEOUT": env.float("CALL_TIMEOUT", default=5.0),
-    "DRAIN_TIMEOUT": env.float("DRAIN_TIMEOUT", default=30.0),
+    "EVENTS_URL": env.str("EVENTS_URL", default=REDIS_URL.replace("://", "-streams://", 1) or "memory://"),
+    "CALL_TIMEOUT": number("CALL_TIMEOUT", 5.0),
+    "DRAIN_TIMEOUT": number("DRAIN_TIMEOUT", 30.0),
     "SERVER_MIDDLEWARE": ["microservices.telemetry.logging.CallLog"],
     "CLIENT_MIDDLEWARE": ["microservices.telemetry.logging.CallLog"],
 }
@@ -90,6 +104,27 @@ if GATEWAY:
     ]
 
 
+# Browsers: groups that services push to and WebSockets join. No event travels here.
+
+CHANNEL_LAYERS = {
+    "default": {
+        "BACKEND": "channels_redis.pubsub.RedisPubSubChannelLayer",
+        # No time-out: a layer that waits for messages is silent for as long as nobody sends one.
+        "CONFIG": {"hosts": [{"address": REDIS_URL, "socket_timeout": None}]},
+    }
+    if REDIS_URL
+    else {"BACKEND": "channels.layers.InMemoryChannelLayer"}
+}
+
+
+# E-mail: into files in development
+
+globals().update(env.email_url("EMAIL_URL", default="filemail://" if DEBUG else "smtp://localhost:25"))
+EMAIL_FILE_PATH = str(DATA_DIR / "mail")
+EMAIL_TIMEOUT = 10
+DEFAULT_FROM_EMAIL = env.str("DEFAULT_FROM_EMAIL", default="shop@example.org")
+
+
 # Databases: an alias per service that lives here; `default` is the gateway's
 
 # Deferred transactions fail with "database is locked" when two writers upgrade at once.
@@ -106,7 +141,7 @@ def database(name: str) -> dict[str, Any]:
     if url := env.str(f"{name.upper()}_DATABASE_URL", default="").strip():
         config = env.db_url_config(url)
     else:
-        DATA_DIR.mkdir(exist_ok=True)
+        DATA_DIR.mkdir(parents=True, exist_ok=True)
         config = {"ENGINE": "django.db.backends.sqlite3", "NAME": DATA_DIR / f"{name}.sqlite3"}
     if config["ENGINE"].endswith("sqlite3"):
         config["OPTIONS"] = SQLITE | config.get("OPTIONS", {})
@@ -165,6 +200,8 @@ WHITENOISE_USE_FINDERS = True  # the API's page and the admin work without colle
 # WhiteNoise hands out files by sync iterators; Django says so with each process's first one.
 warnings.filterwarnings("ignore", "StreamingHttpResponse must consume synchronous iterators", Warning)
 
+DATA_UPLOAD_MAX_MEMORY_SIZE = 1024 * 1024
+
 REST_FRAMEWORK = {
     "EXCEPTION_HANDLER": "microservices.rest.exception_handler",
     "DEFAULT_AUTHENTICATION_CLASSES": [],
@@ -201,5 +238,6 @@ LOGGING = {
     "handlers": {"console": {"class": "logging.StreamHandler", "formatter": LOG_FORMAT}},
     "root": {"handlers": ["console"], "level": env.str("LOG_LEVEL", default="INFO").upper()},
     # Without handlers of its own: Django's would print each line a second time.
-    "loggers": {"django": {"handlers": []}},
+    # A probe that hears "starting" is no event; who asked has the answer.
+    "loggers": {"django": {"handlers": []}, "health_check": {"level": "CRITICAL"}},
 }

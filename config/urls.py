@@ -11,4 +11,5 @@ if apps.is_installed("gateway"):
     from django.contrib import admin
 
     urlpatterns += [path("admin/", admin.site.urls), path("", include("gateway.urls"))]
+    handler400 = "microservices.rest.bad_request"
     handler500 = "microservices.rest.server_error"

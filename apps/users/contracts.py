@@ -9,7 +9,8 @@ MAX_PAGE = 100
 
 # A "$" alone would also match before a last line feed, hence the look-ahead behind it.
 Name = Annotated[str, Meta(min_length=1, max_length=100, pattern=r"^(?!\s*$)[^\x00-\x1f\x7f]+$(?!\n)")]
-Email = Annotated[str, Meta(max_length=254, pattern=r"^[^@\s,;<>]+@[^@\s,;<>]+\.[^@\s,;<>]+$(?!\n)")]
+_PART = r"[^@\s,;<>\x00-\x1f\x7f]"
+Email = Annotated[str, Meta(max_length=254, pattern=rf"^{_PART}+@{_PART}+\.{_PART}+$(?!\n)")]
 Password = Annotated[str, Meta(min_length=8, max_length=128)]
 Search = Annotated[str, Meta(max_length=100, pattern=r"^[^\x00-\x1f\x7f]*$(?!\n)")]
 Limit = Annotated[int, Meta(ge=1, le=MAX_PAGE)]
@@ -69,6 +70,17 @@ class User(Struct):
     status: str
     version: int
     created_at: datetime
+
+
+class UserEvent(Struct):
+    """What the `user_*` events tell."""
+
+    id: str
+    name: str
+    email: str
+    role: str
+    status: str
+    version: int
 
 
 class Users(Struct):

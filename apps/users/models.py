@@ -4,7 +4,7 @@ from django.db import models
 from django.db.models import Q
 from django.db.models.functions import Lower
 
-from .ids import uuid7
+from microservices.ids import uuid7
 
 EMAIL_UNIQUE = "users_user_email_unique"
 

@@ -1,15 +1,14 @@
 """What the users service can be asked; deleted users are as if they had never been."""
 
-from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Sequence
 from typing import NamedTuple
-from uuid import UUID
 
 from django.db.models import Q, QuerySet
 
+from microservices.ids import cursor_after, id_before, is_id
+
 from .contracts import MAX_PAGE
 from .exceptions import InvalidCursor, UserNotFound
-from .ids import is_id
 from .models import Status, User
 
 
@@ -40,7 +39,7 @@ def user_list(*, search: str = "", cursor: str | None = None, limit: int = 50) -
     # One more than asked for tells whether there is a next page without counting.
     rows = list(users.order_by("pk")[: limit + 1])
     page = rows[:limit]
-    return Page(page, _cursor(page[-1]) if len(rows) > limit else None)
+    return Page(page, cursor_after(page[-1].pk) if len(rows) > limit else None)
 
 
 def user_list_by_ids(*, user_ids: Sequence[str]) -> list[User]:
@@ -53,12 +52,8 @@ def _present() -> QuerySet[User]:
     return User.objects.exclude(status=Status.DELETED)
 
 
-def _cursor(last: User) -> str:
-    return urlsafe_b64encode(UUID(last.pk).bytes).rstrip(b"=").decode()
-
-
 def _read_cursor(cursor: str) -> str:
     try:
-        return str(UUID(bytes=urlsafe_b64decode(cursor + "==")))
+        return id_before(cursor)
     except ValueError as error:
         raise InvalidCursor() from error

@@ -6,6 +6,9 @@ from contextlib import contextmanager
 from django.contrib.auth.hashers import make_password
 from django.db import IntegrityError, transaction
 
+from microservices.db import emit_on_commit
+
+from .contracts import UserEvent
 from .exceptions import EmailTaken, VersionMismatch
 from .models import EMAIL_UNIQUE, Status, User
 from .selectors import user_get
@@ -17,6 +20,7 @@ def user_create(*, email: str, name: str, password: str) -> User:
     user = User(email=email, name=name, password=make_password(password))
     with _email_is_unique(), transaction.atomic(using="users", durable=True):
         user.save(force_insert=True)
+        _announce("user_created", user)
     return user
 
 
@@ -32,6 +36,7 @@ def user_update(*, user_id: str, name: str | None = None, email: str | None = No
         user.email = user.email if email is None else email
         user.version += 1
         user.save(update_fields=["name", "email", "version"])
+        _announce("user_updated", user)
     return user
 
 
@@ -44,12 +49,20 @@ def user_delete(*, user_id: str) -> None:
         user.status = Status.DELETED
         user.version += 1
         user.save(update_fields=["name", "email", "password", "status", "version"])
+        _announce("user_deleted", user)
 
 
 def user_seed(*, users: Sequence[User]) -> int:
     """Write these users if there are none yet; return how many were written."""
     with transaction.atomic(using="users", durable=True):
         return 0 if User.objects.exists() else len(User.objects.bulk_create(users))
+
+
+def _announce(event: str, user: User) -> None:
+    told = UserEvent(
+        id=user.id, name=user.name, email=user.email, role=user.role, status=user.status, version=user.version
+    )
+    emit_on_commit(event, told, using="users")
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 from django.db import migrations, models
 from django.db.models.functions import Lower
 
-import users.ids
+import microservices.ids
 
 
 class Migration(migrations.Migration):
@@ -16,7 +16,7 @@ class Migration(migrations.Migration):
                 (
                     "id",
                     models.CharField(
-                        default=users.ids.uuid7, editable=False, max_length=36, primary_key=True, serialize=False
+                        default=microservices.ids.uuid7, editable=False, max_length=36, primary_key=True, serialize=False
                     ),
                 ),
                 ("email", models.EmailField(blank=True, max_length=254)),

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from microservices import RpcException
-from users.ids import uuid7
+from microservices.ids import uuid7
 from users.models import User
 from users.selectors import user_get, user_list, user_list_by_ids
 from users.services import user_delete

@@ -7,7 +7,7 @@ from django.contrib.auth.hashers import check_password
 from django.db import IntegrityError, connections, transaction
 
 from microservices import RpcException
-from users.ids import uuid7
+from microservices.ids import uuid7
 from users.models import Role, Status, User
 from users.services import user_create, user_delete, user_update
 

@@ -1,0 +1,1 @@
+"""The notifications service: tells people what has happened to their orders."""

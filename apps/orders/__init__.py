@@ -1,0 +1,1 @@
+"""The orders service: what the shop sells, and who has ordered it."""

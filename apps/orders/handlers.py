@@ -1,0 +1,45 @@
+"""The request doors of the orders service."""
+
+from microservices import RpcContext, message_pattern
+
+from . import selectors, services
+from .contracts import CreateOrder, GetOrder, GetOrders, GetProduct, GetProducts, Order, Orders, Product, Products
+from .selectors import order_shown, product_shown
+
+
+@message_pattern({"cmd": "get_product"}, retry="safe")
+def get_product(data: GetProduct, ctx: RpcContext) -> Product:
+    """Return one product."""
+    return product_shown(selectors.product_get(product_id=data.id))
+
+
+@message_pattern({"cmd": "get_products"}, retry="safe")
+def get_products(data: GetProducts, ctx: RpcContext) -> Products:
+    """Return a page of products, or several by their ids."""
+    if data.ids is not None:
+        return Products(
+            products=[product_shown(found) for found in selectors.product_list_by_ids(product_ids=data.ids)]
+        )
+    page = selectors.product_list(cursor=data.cursor, limit=data.limit)
+    return Products(products=[product_shown(product) for product in page.products], next=page.next)
+
+
+# Never repeated: nothing tells a repeat from a second order.
+@message_pattern({"cmd": "create_order"}, retry="never")
+def create_order(data: CreateOrder, ctx: RpcContext) -> Order:
+    """Place an order and pay for it."""
+    order = services.order_place(customer=data.customer, lines=data.lines, payment_token=data.payment_token)
+    return order_shown(order)
+
+
+@message_pattern({"cmd": "get_order"}, retry="safe")
+def get_order(data: GetOrder, ctx: RpcContext) -> Order:
+    """Return one order."""
+    return order_shown(selectors.order_get(order_id=data.id))
+
+
+@message_pattern({"cmd": "get_orders"}, retry="safe")
+def get_orders(data: GetOrders, ctx: RpcContext) -> Orders:
+    """Return a page of orders."""
+    page = selectors.order_list(user_id=data.user_id, status=data.status, cursor=data.cursor, limit=data.limit)
+    return Orders(orders=[order_shown(order) for order in page.orders], next=page.next)

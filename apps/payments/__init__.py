@@ -1,0 +1,1 @@
+"""The payments service: money that is held, taken and let go again."""
