@@ -1,4 +1,5 @@
-// A real NestJS TCP client that the Python side drives by JSON lines: `node client.js PORT`.
+// A real NestJS client that the Python side drives by JSON lines: `node client.js PORT`, over TCP, or
+// `node client.js PORT redis`, with the port of a Redis.
 import 'reflect-metadata';
 import { AsyncLocalStorage } from 'node:async_hooks';
 import { createInterface } from 'node:readline';
@@ -15,7 +16,7 @@ const OPERATION_TIMEOUT = 10_000;
 Logger.overrideLogger(false);
 
 const client = ClientProxyFactory.create({
-  transport: Transport.TCP,
+  transport: Transport[(process.argv[3] ?? 'tcp').toUpperCase()],
   options: { host: '127.0.0.1', port: Number(process.argv[2]) },
 });
 

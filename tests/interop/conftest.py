@@ -1,7 +1,8 @@
 """NestJS and ourselves, each as a server and as a client, alive for the whole session."""
 
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from urllib.parse import urlsplit
 
 import pytest
 import pytest_asyncio
@@ -9,6 +10,7 @@ import pytest_asyncio
 from microservices.client import Client
 from tests.interop.nest import NestClient, free_port, install, nest_client, nest_server
 from tests.interop.ours import OurServer, our_client, our_server
+from tests.valkey import redis_url
 
 
 @pytest.fixture(scope="session")
@@ -48,3 +50,16 @@ async def client(nest_port: int) -> AsyncIterator[Client]:
     """Our client of NestJS's server."""
     async with our_client(nest_port) as client:
         yield client
+
+
+# The same over Redis
+
+
+@pytest.fixture(scope="session")
+def redis_port(node_modules: None) -> Iterator[int]:
+    """The port of a Redis on loopback."""
+    with redis_url() as url:
+        redis = urlsplit(url)
+        if redis.password or redis.hostname not in ("127.0.0.1", "localhost"):
+            pytest.skip("REDIS_URL names a server elsewhere, or one with a password")
+        yield redis.port or 6379

@@ -58,10 +58,10 @@ def free_port() -> int:
 
 
 @asynccontextmanager
-async def node(script: str, port: int) -> AsyncIterator[Process]:
+async def node(script: str, port: int, scheme: str) -> AsyncIterator[Process]:
     """Run one of this folder's scripts until the block ends."""
     process = await asyncio.create_subprocess_exec(
-        "node", script, str(port), cwd=HERE, stdin=PIPE, stdout=PIPE, limit=LONGEST_LINE
+        "node", script, str(port), scheme, cwd=HERE, stdin=PIPE, stdout=PIPE, limit=LONGEST_LINE
     )
     assert process.stdin is not None
     assert process.stdout is not None
@@ -131,16 +131,16 @@ def _given(metadata: Mapping[str, str] | None) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def nest_server(port: int) -> AsyncIterator[Process]:
-    """Run server.js."""
-    async with node("server.js", port) as process:
+async def nest_server(port: int, scheme: str = "tcp") -> AsyncIterator[Process]:
+    """Run server.js; `port` is its own, or that of a broker."""
+    async with node("server.js", port, scheme) as process:
         yield process
 
 
 @asynccontextmanager
-async def nest_client(port: int) -> AsyncIterator[NestClient]:
-    """Run client.js."""
-    async with node("client.js", port) as process:
+async def nest_client(port: int, scheme: str = "tcp") -> AsyncIterator[NestClient]:
+    """Run client.js; `port` is the server's, or that of a broker."""
+    async with node("client.js", port, scheme) as process:
         client = NestClient(process)
         listening = asyncio.create_task(client.listen())
         try:

@@ -14,8 +14,7 @@ from microservices.client import Client
 from microservices.dispatcher import Dispatcher
 from microservices.executor import Executor
 from microservices.handlers import Handler
-from microservices.transports import parse
-from microservices.transports.tcp import TcpClient, TcpServer
+from microservices.transports import load, parse
 
 
 class Count(Struct):
@@ -136,8 +135,8 @@ HANDLERS = (
 
 
 @asynccontextmanager
-async def our_server(port: int) -> AsyncIterator[OurServer]:
-    """Serve all handlers until the block ends."""
+async def our_server(port: int, scheme: str = "tcp") -> AsyncIterator[OurServer]:
+    """Serve all handlers until the block ends; `port` is our own, or that of a broker."""
     heard: asyncio.Queue[Heard] = asyncio.Queue()
 
     @event_pattern(["noted", {"event": "order.placed", "version": 2}])
@@ -146,7 +145,8 @@ async def our_server(port: int) -> AsyncIterator[OurServer]:
 
     executor = Executor(4)
     dispatcher = Dispatcher("ours", [Handler(function) for function in (*HANDLERS, note)], executor)
-    server = TcpServer(parse(f"tcp://127.0.0.1:{port}"), dispatcher)
+    address = parse(f"{scheme}://127.0.0.1:{port}")
+    server = load(address, "server")(address, dispatcher)
     await server.listen()
     try:
         yield OurServer(port, heard)
@@ -156,9 +156,10 @@ async def our_server(port: int) -> AsyncIterator[OurServer]:
 
 
 @asynccontextmanager
-async def our_client(port: int) -> AsyncIterator[Client]:
-    """Call whoever listens on `port`."""
-    client = Client("nest", lambda: TcpClient(parse(f"tcp://127.0.0.1:{port}"), "nest"))
+async def our_client(port: int, scheme: str = "tcp") -> AsyncIterator[Client]:
+    """Call whoever listens on `port`, or on the broker there."""
+    address = parse(f"{scheme}://127.0.0.1:{port}")
+    client = Client("nest", lambda: load(address, "client")(address, "nest"))
     try:
         yield client
     finally:

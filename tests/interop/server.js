@@ -1,4 +1,5 @@
-// A real NestJS TCP microservice for the Python side to call: `node server.js PORT`.
+// A real NestJS microservice for the Python side to call: `node server.js PORT`, over TCP, or
+// `node server.js PORT redis`, with the port of a Redis.
 import 'reflect-metadata';
 import { realpathSync } from 'node:fs';
 import { setTimeout as sleep } from 'node:timers/promises';
@@ -30,6 +31,7 @@ class PeerController {
   patternTextOfObject(payload, context) { return context.getPattern(); }
   patternTextOfList(payload, context) { return context.getPattern(); }
   note(payload) { this.stored.push(payload); }
+  noteOrder(payload) { this.stored.push({ order: payload }); }
   notes() { return this.stored; }
 }
 
@@ -61,15 +63,16 @@ decorate(PeerController, {
   patternTextOfObject: MessagePattern({ b: 1, a: 'x' }),
   patternTextOfList: MessagePattern(['first', 'second']),
   note: EventPattern('noted'),
+  noteOrder: EventPattern('order_created'),
   notes: MessagePattern('notes'),
 });
 
 class PeerModule {}
 Module({ controllers: [PeerController] })(PeerModule);
 
-export async function startServer(port) {
+export async function startServer(port, transport = 'tcp') {
   const application = await NestFactory.createMicroservice(PeerModule, {
-    transport: Transport.TCP,
+    transport: Transport[transport.toUpperCase()],
     options: { host: '127.0.0.1', port },
     logger: false,
     // Otherwise a failed start aborts the process without telling why.
@@ -84,6 +87,6 @@ if (import.meta.url === pathToFileURL(realpathSync(process.argv[1])).href) {
   process.on('SIGTERM', stop);
   // A test run that is killed cannot send a signal, but its end of the pipe closes.
   process.stdin.on('end', stop).on('error', stop).resume();
-  await startServer(Number(process.argv[2]));
+  await startServer(Number(process.argv[2]), process.argv[3]);
   console.log('ready');
 }
