@@ -18,7 +18,7 @@ def seeded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Databases as script/server leaves them."""
     folder = tmp_path_factory.mktemp("seeded")
     shop = Shop(folder)
-    for command in ("migratefleet", "seed_users"):
+    for command in ("migratefleet", "seed_users", "seed_products"):
         subprocess.run(
             [*MANAGE, command], env={**os.environ, **shop.env}, cwd=ROOT, check=True, capture_output=True, timeout=60
         )

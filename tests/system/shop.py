@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import socket
@@ -17,14 +18,18 @@ import httpx
 ROOT = Path(__file__).resolve().parents[2]
 MANAGE = [sys.executable, str(ROOT / "manage.py")]
 PATIENCE = 20.0
+SERVICES = ("users", "orders", "payments", "notifications")
+
+
+# Below the range from which the kernel hands out its own; never one twice, since none is taken at once.
+_candidates = itertools.cycle(range(20_000 + os.getpid() % 8_000, 32_000))
 
 
 def free_ports(count: int) -> list[int]:
-    """Return ports below the range from which the kernel hands out its own."""
+    """Return ports on which nobody listens."""
     ports: list[int] = []
-    candidate = 20000 + os.getpid() % 8000
     while len(ports) < count:
-        candidate += 1
+        candidate = next(_candidates)
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", candidate))
@@ -103,20 +108,22 @@ class Shop:
     """One shop on ports and databases of its own, in any shape."""
 
     def __init__(self, databases: Path) -> None:
-        self.http_port, self.users_port, self.health_port = free_ports(3)
+        self.http_port, *ports = free_ports(1 + 2 * len(SERVICES))
         self.url = f"http://127.0.0.1:{self.http_port}"
-        self.users_url = f"tcp://127.0.0.1:{self.users_port}"
         self.databases = databases
         self.env = {
             "DEBUG": "1",
             "LOG_FORMAT": "text",
             "HTTP_PORT": str(self.http_port),
-            "USERS_HEALTH_PORT": str(self.health_port),
-            "USERS_URL": self.users_url,
-            "GATEWAY_DATABASE_URL": f"sqlite:///{databases / 'gateway.sqlite3'}",
-            "USERS_DATABASE_URL": f"sqlite:///{databases / 'users.sqlite3'}",
+            "DATA_DIR": str(databases),
             "PYTHONUNBUFFERED": "1",
         }
+        for name, door, health in zip(SERVICES, ports[::2], ports[1::2], strict=True):
+            self.env[f"{name.upper()}_URL"] = f"tcp://127.0.0.1:{door}"
+            self.env[f"{name.upper()}_HEALTH_PORT"] = str(health)
+        self.users_url = self.env["USERS_URL"]
+        self.users_port = int(self.users_url.rpartition(":")[2])
+        self.health_port = int(self.env["USERS_HEALTH_PORT"])
         self.processes: list[Process] = []
 
     def start(self, *command: str, **env: str) -> Process:

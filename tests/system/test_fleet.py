@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import signal
 import sqlite3
 import time
@@ -20,20 +22,24 @@ pytestmark = pytest.mark.slow
 def test_ctrl_c_stops_the_whole_fleet_and_leaves_nothing(shop: Shop) -> None:
     fleet(shop)
     runfleet = shop.processes[0]
-    pids = [int(pid) for pid in re.findall(r"^  (?:gateway|users) +(\d+)  up", runfleet.output, re.MULTILINE)]
-    assert len(pids) == 2
+    pids = [
+        int(pid)
+        for pid in re.findall(
+            r"^  (?:gateway|users|orders|payments|notifications|valkey) +(\d+)  up", runfleet.output, re.MULTILINE
+        )
+    ]
+    assert len(pids) == 6
 
     runfleet.signal(signal.SIGINT)
 
     assert runfleet.wait() == 0, runfleet.output
-    assert "2 services stopped" in runfleet.output
+    assert "5 services stopped" in runfleet.output
     for pid in pids:
         assert not Path(f"/proc/{pid}").exists()
 
 
 def test_script_server_prepares_starts_and_stops_everything_and_prepares_only_once(shop: Shop) -> None:
-    for file in shop.databases.iterdir():
-        file.unlink()
+    shutil.rmtree(shop.databases)
 
     first = shop.start(str(ROOT / "script" / "server"))
     first.until_says("services up")
@@ -187,7 +193,7 @@ def test_a_taken_door_is_named_under_daphne_too(shop: Shop) -> None:
 
     hybrid = shop.start("runserver", f"127.0.0.1:{shop.http_port}", "--noreload", LISTEN="1")
 
-    hybrid.wait()
+    assert hybrid.wait() == 1
     assert f"users cannot listen on {shop.users_url}" in hybrid.output
 
 
@@ -199,3 +205,65 @@ def sent_to(pid: int, port: int) -> bool:
         if fields[1] == wanted and fields[3] == "01" and int(fields[4].partition(":")[2], 16) > 0:
             return True
     return False
+
+
+def test_a_handler_that_hangs_does_not_keep_the_process_beyond_its_time(shop: Shop) -> None:
+    shop.env["DRAIN_TIMEOUT"] = "1"
+    gateway_alone(shop)
+    users = users_alone(shop)
+    person = {"name": "Stuck", "email": "stuck@example.org", "password": "long enough"}
+    with httpx.Client(base_url=shop.url, timeout=20) as http, ThreadPoolExecutor() as threads:
+        assert http.get("/api/users").status_code == 200
+        with sqlite3.connect(shop.databases / "users.sqlite3", isolation_level=None) as database:
+            database.execute("BEGIN IMMEDIATE")  # a write waits five seconds for it
+            users.signal(signal.SIGSTOP)
+            waiting = threads.submit(http.post, "/api/users", json=person)
+            until(lambda: sent_to(users.pid, shop.users_port), "the request in the frozen service's socket")
+            users.signal(signal.SIGCONT)
+            until(lambda: not sent_to(users.pid, shop.users_port), "the request read by the service")
+
+            users.signal(signal.SIGTERM)
+            started = time.monotonic()
+            code = users.wait()
+            took = time.monotonic() - started
+            database.execute("ROLLBACK")
+        database.close()
+        assert waiting.result(10).status_code in (503, 504)
+
+    assert (code, took < 4) == (1, True), users.output
+
+
+def test_a_second_signal_ends_the_fleet_at_once_and_leaves_nothing(shop: Shop) -> None:
+    fleet(shop)
+    runfleet = shop.processes[0]
+    pids = [int(pid) for pid in re.findall(r"^  [a-z]+ +(\d+)  up", runfleet.output, re.MULTILINE)]
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)  # or they would be gone before the second signal
+
+    runfleet.signal(signal.SIGINT)
+    runfleet.signal(signal.SIGTERM)
+
+    assert runfleet.wait() != 0
+    for pid in pids:
+        until(lambda pid=pid: ended(pid), f"the end of {pid}")
+
+
+def test_ctrl_c_while_the_fleet_starts_ends_it_well(shop: Shop) -> None:
+    runfleet = shop.start("runfleet")
+    until(lambda: bool(children(runfleet.pid)), "the first child")
+
+    runfleet.signal(signal.SIGINT)
+
+    assert runfleet.wait() == 0, runfleet.output
+    assert "Traceback" not in runfleet.output
+
+
+def ended(pid: int) -> bool:
+    """Return whether a process is gone, or only waits to be reaped."""
+    stat = Path(f"/proc/{pid}/stat")
+    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def children(pid: int) -> list[str]:
+    """Return the pids of a process's children."""
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
