@@ -15,7 +15,7 @@ from msgspec import UNSET, Raw, UnsetType
 from .context import RpcContext, current, deadline_on_wire
 from .exceptions import INTERNAL, DeadlineExceeded, NoHandler, RpcException
 from .executor import Executor, Lender, lender
-from .handlers import Colour, Door, Handler
+from .handlers import Colour, Delivery, Door, Handler
 from .instruments import dropped
 from .middleware import Endpoint, Middleware, chain
 from .packets import Packet, Response, route_in_text, route_on_wire
@@ -46,6 +46,12 @@ class Route(NamedTuple):
     request: Target | None
     events: tuple[Target, ...]
 
+    def listeners(self, delivery: Delivery | None) -> tuple[Target, ...]:
+        """Return the handlers that listen, or those that want an event delivered so."""
+        if delivery is None:
+            return self.events
+        return tuple(target for target in self.events if target.door.delivery == delivery)
+
 
 class Dispatcher:
     """Finds and runs the handlers of one service."""
@@ -65,19 +71,27 @@ class Dispatcher:
         """All routes of the service."""
         return self._routes
 
-    def hears(self, route: str) -> bool:
-        """Return whether some handler listens to this event."""
-        return route in self._routes and bool(self._routes[route].events)
+    def hears(self, route: str, delivery: Delivery | None = None) -> bool:
+        """Return whether some handler listens to this event, or one that wants it delivered so."""
+        return route in self._routes and bool(self._routes[route].listeners(delivery))
 
     def dispatch(
-        self, packet: Packet, reply: Replier, *, transport: str, peer: str, channel: str | None = None
+        self,
+        packet: Packet,
+        reply: Replier,
+        *,
+        transport: str,
+        peer: str,
+        channel: str | None = None,
+        delivery: Delivery | None = None,
     ) -> asyncio.Task[Any] | None:
         """Run what a packet asks for; returns the task that does, or None when it is done already.
 
         The task of an event ends with the list of what its handlers raised.
 
         Answers go to `reply`. `channel` is the route where the transport knows it better than the
-        packet. The caller owns the task: it keeps it, and cancels it when the peer is gone.
+        packet. `delivery` narrows an event's handlers to those that want it so, where a bus tells them
+        apart. The caller owns the task: it keeps it, and cancels it when the peer is gone.
         """
         route = self._find(packet.pattern) if channel is None else self._routes.get(channel)
         is_event = packet.id is UNSET
@@ -98,7 +112,7 @@ class Dispatcher:
             deadline=None if packet.metadata is UNSET else deadline_on_wire(packet.metadata),
         )
         if is_event:
-            return self._spawn(self._hear(route, packet.data, context), None)
+            return self._spawn(self._hear(route, delivery, packet.data, context), None)
         target = route.request or route.events[0]
         if target.in_place:
             self._answer_in_place(target, packet.data, context, reply, packet.id)
@@ -176,9 +190,11 @@ class Dispatcher:
 
     # Events
 
-    async def _hear(self, route: Route, data: Raw | UnsetType, context: RpcContext) -> list[BaseException]:
+    async def _hear(
+        self, route: Route, delivery: Delivery | None, data: Raw | UnsetType, context: RpcContext
+    ) -> list[BaseException]:
         current.set(context)
-        targets = route.events or ((route.request,) if route.request else ())
+        targets = route.listeners(delivery) or ((route.request,) if route.request and not route.events else ())
         listening = (self._listen(target, data, context) for target in targets)
         # A CancelledError among the outcomes is that of something which a handler awaited: it has failed, too.
         outcomes = await asyncio.gather(*listening, return_exceptions=True)

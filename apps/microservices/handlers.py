@@ -18,6 +18,7 @@ from .mailbox import Mailbox
 from .packets import pattern_name, route
 
 Retry = Literal["safe", "keyed", "never"]
+Delivery = Literal["one", "each"]
 F = TypeVar("F", bound=Callable[..., Any])
 
 _DOORS = "__microservice_doors__"
@@ -32,6 +33,7 @@ class Door(NamedTuple):
     retry: Retry
     deadline: float | None
     inline: bool
+    delivery: Delivery = "one"
 
     @property
     def name(self) -> str:
@@ -64,16 +66,25 @@ def message_pattern(
     return _door("request", pattern, retry, deadline, inline)
 
 
-def event_pattern(pattern: Any, *, inline: bool = False) -> Callable[[F], F]:
+def event_pattern(pattern: Any, *, delivery: Delivery = "one", inline: bool = False) -> Callable[[F], F]:
     """Make a function hear events with this pattern, as NestJS's `@EventPattern`.
 
-    Several functions may hear the same event. `pattern` and `inline` are as in `message_pattern`.
+    Several functions may hear the same event. `delivery` says who of a service's processes gets it:
+    "one" of them, tried again where it fails, or "each" that runs at the time, once. (NestJS's own
+    Redis pub/sub knows only "each".) `pattern` and `inline` are as in `message_pattern`.
     """
-    return _door("event", pattern, "never", None, inline)
+    if delivery not in ("one", "each"):
+        raise ConfigurationError(f"delivery={delivery!r}: use 'one' or 'each'.")
+    return _door("event", pattern, "never", None, inline, delivery)
 
 
 def _door(
-    kind: Literal["request", "event"], pattern: Any, retry: Retry, deadline: float | None, inline: bool
+    kind: Literal["request", "event"],
+    pattern: Any,
+    retry: Retry,
+    deadline: float | None,
+    inline: bool,
+    delivery: Delivery = "one",
 ) -> Callable[[F], F]:
     routes = [route(entry) for entry in (pattern if isinstance(pattern, list) else [pattern])]
     if not routes or None in routes:
@@ -81,7 +92,7 @@ def _door(
 
     def decorate(function: F) -> F:
         doors = function.__dict__.setdefault(_DOORS, [])
-        doors.extend(Door(kind, text, retry, deadline, inline) for text in routes if text is not None)
+        doors.extend(Door(kind, text, retry, deadline, inline, delivery) for text in routes if text is not None)
         return function
 
     return decorate

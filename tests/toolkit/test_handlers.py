@@ -246,3 +246,8 @@ def test_a_frozen_registry_takes_no_more() -> None:
 
     with pytest.raises(ConfigurationError, match="while applications load"):
         registry.add("shop", [Handler(plain)])
+
+
+def test_a_way_of_delivery_that_there_is_not_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="use 'one' or 'each'"):
+        event_pattern("made", delivery="all")  # type: ignore[arg-type]

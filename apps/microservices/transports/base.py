@@ -15,6 +15,7 @@ from msgspec import UNSET, Raw
 from ..context import RpcContext
 from ..dispatcher import Dispatcher, Replier
 from ..exceptions import DeadlineExceeded, RpcException, Unavailable
+from ..handlers import Delivery
 from ..packets import Event, Packet, Reply, Request
 from . import Address
 
@@ -54,10 +55,18 @@ class Server(ABC):
         """Return the native object behind this server."""
 
     def handle(
-        self, packet: Packet, reply: Replier, *, peer: str, channel: str | None = None
+        self,
+        packet: Packet,
+        reply: Replier,
+        *,
+        peer: str,
+        channel: str | None = None,
+        delivery: Delivery | None = None,
     ) -> asyncio.Task[Any] | None:
         """Hand a packet to the dispatcher; returns the task that works on it, if one has to."""
-        task = self.dispatcher.dispatch(packet, reply, transport=self.scheme, peer=peer, channel=channel)
+        task = self.dispatcher.dispatch(
+            packet, reply, transport=self.scheme, peer=peer, channel=channel, delivery=delivery
+        )
         if task is not None:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)

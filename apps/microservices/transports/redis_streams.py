@@ -24,6 +24,7 @@ from msgspec import UNSET
 from .. import codec
 from ..dispatcher import Dispatcher
 from ..exceptions import ConnectionLost, InvalidPayload, PacketError, RpcException, Unavailable
+from ..handlers import Delivery
 from ..instruments import dropped
 from ..packets import Event, Packet, Request, Response
 from . import Address, read_options
@@ -94,7 +95,9 @@ class StreamsListener(Server):
         self._group = dispatcher.service.encode()
         # Never used again: what a process has left must not look like the work of its successor.
         self._consumer = f"{socket.gethostname()}-{os.getpid()}-{os.urandom(4).hex()}".encode()
-        self._streams = [f"{STREAM}{route}".encode() for route in dispatcher.routes if dispatcher.hears(route)]
+        self._streams = self._heard("one")
+        # What every process gets: read without a group, from the entry after the last one read.
+        self._last: dict[bytes, bytes] = dict.fromkeys(self._heard("each"), b"")
         self._running: dict[Key, asyncio.Task[None]] = {}
         self._slots = asyncio.Semaphore(self.options.prefetch)
         self._room = asyncio.Event()
@@ -103,10 +106,11 @@ class StreamsListener(Server):
         self._joined = asyncio.Event()
         self._reader: RespConnection | None = None
         self._writer: RespConnection | None = None
+        self._follower: RespConnection | None = None
 
     async def listen(self) -> None:
         """Join the groups; where Redis is away, go on trying in the background."""
-        if not self._streams:
+        if not self._streams and not self._last:
             return
         self._keeping = asyncio.get_running_loop().create_task(self._keep_reading(), context=Context())
         with suppress(TimeoutError):  # told already, with the reason
@@ -117,8 +121,9 @@ class StreamsListener(Server):
         if self._keeping is not None:
             self._keeping.cancel()
             await asyncio.wait([self._keeping])
-        if self._reader is not None:
-            await self._reader.close()
+        for connection in (self._reader, self._follower):
+            if connection is not None:
+                await connection.close()
         if self._running:
             await asyncio.wait(self._running.values(), timeout=grace)
         late = list(self._running.values())
@@ -158,7 +163,7 @@ class StreamsListener(Server):
             if reason and reason != told:  # once, not with every attempt
                 logger.warning("%s does not hear %s: %s", self.dispatcher.service, self.address, reason)
                 told = reason
-            for connection in (self._reader, self._writer):
+            for connection in (self._reader, self._writer, self._follower):
                 if connection is not None:
                     await connection.close()
             await asyncio.sleep(delay * random.uniform(0.5, 1))  # noqa: S311 - only to spread reconnects
@@ -168,6 +173,12 @@ class StreamsListener(Server):
         connect = partial(open_connection, self.address, ignore, timeout=self.options.connect_timeout)
         # One connection blocks while it waits for entries; the other acknowledges meanwhile.
         self._reader, self._writer = await connect(), await connect()
+        if self._last:
+            self._follower = await connect()
+        for stream, last in self._last.items():
+            if not last:
+                newest = await self._command(b"XREVRANGE", stream, b"+", b"-", b"COUNT", b"1")
+                self._last[stream] = newest[0][0] if newest else b"0-0"
         for stream in self._streams:
             try:
                 # From the first entry: an event may be older than the first start of its listener.
@@ -184,7 +195,9 @@ class StreamsListener(Server):
 
     async def _until_lost(self) -> None:
         # No TaskGroup: cancelled while one of its tasks fails, it goes on.
-        tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._look_after())]
+        work = [self._read(), self._look_after()] if self._streams else []
+        work += [self._follow()] if self._last else []
+        tasks = [asyncio.create_task(each) for each in work]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
             for task in done:
@@ -205,6 +218,32 @@ class StreamsListener(Server):
             for stream, entries in (found or {}).items():
                 for entry, fields in entries:
                     self._start((stream, entry), fields, attempt=1)
+
+    async def _follow(self) -> None:
+        while True:
+            await self._room.wait()
+            ids = (b"STREAMS", *self._last, *self._last.values())
+            block = (b"BLOCK", b"%d" % int(_BLOCK * 1000))
+            found = await _answer(self._follower, b"XREAD", b"COUNT", b"%d" % self.options.prefetch, *block, *ids)
+            for stream, entries in (found or {}).items():
+                for entry, fields in entries:
+                    async with self._slots:
+                        await self._tell(stream, fields)
+                    self._last[stream] = entry
+
+    async def _tell(self, stream: bytes, fields: Any) -> None:
+        packet = _packet(fields)
+        if packet is None:
+            dropped.add(self.dispatcher.service, self.scheme, "no-packet")
+            return
+        channel = stream.decode().removeprefix(STREAM)
+        task = self.handle(packet, _nobody, peer=str(self.address), channel=channel, delivery="each")
+        if task is not None:
+            await task
+
+    def _heard(self, delivery: Delivery) -> list[bytes]:
+        routes = self.dispatcher.routes
+        return [f"{STREAM}{route}".encode() for route in routes if self.dispatcher.hears(route, delivery)]
 
     def _start(self, key: Key, fields: Any, *, attempt: int) -> None:
         if key in self._running:
@@ -229,7 +268,7 @@ class StreamsListener(Server):
                 await self._bury(key, "it is no packet")
                 return
             channel = key[0].decode().removeprefix(STREAM)
-            task = self.handle(packet, _nobody, peer=str(self.address), channel=channel)
+            task = self.handle(packet, _nobody, peer=str(self.address), channel=channel, delivery="one")
             failures = await task if task is not None else []
             if not failures:
                 await self._certainly(b"XACK", key[0], self._group, key[1])

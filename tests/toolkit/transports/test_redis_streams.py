@@ -144,6 +144,68 @@ async def test_each_service_gets_a_copy_and_one_process_of_it_takes_each_event(r
 
 
 @pytest.mark.asyncio
+async def test_an_event_for_each_process_is_heard_by_each_and_by_one_where_one_is_enough(redis: str) -> None:
+    ones: list[Any] = []
+    each: dict[str, list[Any]] = {"first": [], "second": []}
+
+    def everywhere(process: str) -> Callable[..., Any]:
+        @event_pattern("made", delivery="each")
+        async def drop_cache(data: int) -> None:
+            each[process].append(data)
+
+        return drop_cache
+
+    async with (
+        listening(redis, taking(ones), everywhere("first")),
+        listening(redis, taking(ones), everywhere("second")),
+        emitting(redis) as bus,
+    ):
+        for number in range(20):
+            await bus.emit("made", number)
+        await until(lambda: len(ones) == len(each["first"]) == len(each["second"]) == 20)
+
+    assert sorted(ones) == each["first"] == each["second"] == list(range(20))
+
+
+@pytest.mark.asyncio
+async def test_a_process_that_starts_later_hears_of_each_event_from_then_on(redis: str) -> None:
+    heard: list[int] = []
+
+    @event_pattern("made", delivery="each")
+    async def drop_cache(data: int) -> None:
+        heard.append(data)
+
+    async with emitting(redis) as bus:
+        await bus.emit("made", 1)
+        async with listening(redis, drop_cache):
+            await bus.emit("made", 2)
+            await until(lambda: bool(heard))
+
+    assert heard == [2]
+
+
+@pytest.mark.asyncio
+async def test_an_event_for_each_process_is_heard_after_a_restart_of_redis(own_redis: Valkey) -> None:
+    heard: list[int] = []
+
+    @event_pattern("made", delivery="each")
+    async def drop_cache(data: int) -> None:
+        heard.append(data)
+
+    async with listening(own_redis.url, drop_cache), emitting(own_redis.url) as bus:
+        await bus.emit("made", 1)
+        await until(lambda: heard == [1])
+        own_redis.restart()
+        while True:
+            try:
+                await bus.emit("made", 2)
+                break
+            except RpcException:
+                await asyncio.sleep(0.01)
+        await until(lambda: heard == [1, 2])
+
+
+@pytest.mark.asyncio
 async def test_both_processes_of_a_service_take_their_part(redis: str, foreign: Redis) -> None:
     both = asyncio.Barrier(2)
 
