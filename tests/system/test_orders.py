@@ -63,6 +63,16 @@ def all_on_redis(start: Start) -> Callable[[Shop, Valkey], None]:
     return started
 
 
+def users_on_redis(start: Start) -> Callable[[Shop, Valkey], None]:
+    """Start a shape with nothing but the requests for users moved to Redis."""
+
+    def started(shop: Shop, valkey: Valkey) -> None:
+        shop.env |= {"REDIS_URL": valkey.url, "USERS_URL": valkey.url}
+        start(shop)
+
+    return started
+
+
 def in_memory(start: Start) -> Callable[[Shop, Valkey], None]:
     """Start a shape with events in memory."""
 
@@ -78,6 +88,7 @@ SHAPES = {
     "hybrid, events on streams": on_streams(serve),
     "fleet, events on streams": on_streams(fleet),
     "fleet, events on pub/sub": on_pub_sub(fleet),
+    "fleet, requests for users on redis": users_on_redis(fleet),
     "fleet, requests and events on redis": all_on_redis(fleet),
 }
 

@@ -54,7 +54,7 @@ def install(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Install:
     Their doors stay closed unless they are given a `url`.
     """
 
-    def install(url: str = "", **services: list[Function]) -> None:
+    def install(url: str = "", events_url: str = "memory://", **services: list[Function]) -> None:
         # The registry is frozen and these functions are no app's: the one place that goes around it.
         for name, functions in services.items():
             monkeypatch.setitem(registry._handlers, name, tuple(Handler(function) for function in functions))
@@ -64,6 +64,7 @@ def install(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Install:
             "CLIENTS": places,
             "SERVERS": places,
             "LISTEN": bool(url),
+            "EVENTS_URL": events_url,
             "UNITS_OF_WORK": [],  # these functions use no database
             "SERVER_MIDDLEWARE": [],
             "CLIENT_MIDDLEWARE": [],  # no log that is still written when the test has ended

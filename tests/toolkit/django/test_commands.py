@@ -472,3 +472,40 @@ def test_manage_leaves_services_alone_where_the_shell_has_set_it(monkeypatch: py
     manage.live_here(["manage.py", "runmicroservice", "users"])
 
     assert os.environ["SERVICES"] == "gateway,users"
+
+
+# emit
+
+
+def test_emit_hands_an_event_to_the_bus_and_says_so(capsys: Capture, install: Install, tmp_path: Path) -> None:
+    heard: list[Any] = []
+
+    @event_pattern("made")
+    async def made(data: Any, context: RpcContext) -> None:
+        heard.append((data, context.metadata["id"]))
+
+    install(shop=[made])
+    file = tmp_path / "made.json"
+    file.write_text('{"size": 3}', encoding="utf-8")
+
+    call_command("emit", "made", f"@{file}", "-H", "id=7")
+
+    assert heard == [({"size": 3}, "7")]
+    assert capsys.readouterr().err.startswith("handed over  memory://")
+
+
+def test_emit_tells_by_its_exit_code_that_the_bus_is_away(capsys: Capture, install: Install, free_port: int) -> None:
+    install(shop=[], events_url=f"redis-streams://127.0.0.1:{free_port}")
+
+    with pytest.raises(SystemExit) as caught:
+        call_command("emit", "made", "{}")
+
+    assert caught.value.code == 1
+    assert "error 503" in capsys.readouterr().err
+
+
+def test_emit_of_what_is_no_json_is_a_wrong_usage() -> None:
+    with pytest.raises(CommandError, match="no JSON") as caught:
+        call_command("emit", "made", "{")
+
+    assert caught.value.returncode == 2
