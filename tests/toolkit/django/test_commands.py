@@ -404,6 +404,15 @@ def test_migratefleet_names_the_databases_that_it_migrates(capsys: Capture, scra
     assert "django_migrations" in connections[alias].introspection.table_names()
 
 
+@pytest.mark.django_db(databases="__all__")
+def test_migratefleet_seeds_when_it_is_asked_to(capsys: Capture) -> None:
+    call_command("migratefleet", "--seed")
+
+    printed = capsys.readouterr().out
+    assert "30 users written." in printed
+    assert "20 products written." in printed
+
+
 # The commands that run processes refuse before they start any
 
 

@@ -13,8 +13,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
+from django.core.management import call_command
 from django.core.management.base import BaseCommand, CommandError
 from django.core.management.color import supports_color
+from django.db import connections
 
 from ...conf import get_settings
 from ...lifecycle import until_signalled
@@ -36,8 +38,12 @@ class Command(BaseCommand):
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         parser.add_argument("services", nargs="*", metavar="NAME", help="only these (default: all)")
+        parser.add_argument("--prepare", action="store_true", help="migrate and seed the databases first")
 
     def handle(self, *args: Any, **options: Any) -> None:
+        if options["prepare"]:
+            call_command("migratefleet", seed=True)
+            connections.close_all()
         env = {"LISTEN": "1", "PYTHONUNBUFFERED": "1"}
         bus = self._bus(env)
         fleet = Fleet(bus, self._processes(options["services"], env), get_settings().drain_timeout)
