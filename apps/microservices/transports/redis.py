@@ -19,7 +19,7 @@ from ..dispatcher import Dispatcher
 from ..exceptions import PacketError, RpcException, Unavailable
 from ..instruments import dropped
 from ..packets import Event, Packet, Request, Response
-from . import Address, read_options
+from . import Address, Count, Seconds, read_options
 from .base import Server, Status
 from .resp import RedisProxy, RespConnection, open_connection
 
@@ -31,9 +31,9 @@ REPLY = ".reply"
 class Options(msgspec.Struct, frozen=True):
     """What a URL may set; times in seconds."""
 
-    connect_timeout: float = 5
-    max_in_flight: int = 256
-    max_retry_delay: float = 2
+    connect_timeout: Seconds = 5
+    max_in_flight: Count = 256
+    max_retry_delay: Seconds = 2
 
 
 class RedisServer(Server):

@@ -27,7 +27,7 @@ from ..exceptions import ConnectionLost, InvalidPayload, PacketError, RpcExcepti
 from ..handlers import Delivery
 from ..instruments import dropped
 from ..packets import Event, Packet, Request, Response
-from . import Address, read_options
+from . import Address, Count, Seconds, read_options
 from .base import Server, Status
 from .resp import RedisError, RedisProxy, RespConnection, ignore, open_connection
 
@@ -48,17 +48,17 @@ Key = tuple[bytes, bytes]
 class Options(msgspec.Struct, frozen=True):
     """What a URL may set; times in seconds."""
 
-    connect_timeout: float = 5
-    max_length: int = 100_000
+    connect_timeout: Seconds = 5
+    max_length: Count = 100_000
     """Entries that a stream keeps, about; older ones go, heard or not."""
-    prefetch: int = 50
+    prefetch: Count = 50
     """How many events a process works on at a time."""
-    attempts: int = 5
-    retry_after: float = 1
+    attempts: Count = 5
+    retry_after: Seconds = 1
     """The pause before the second attempt; each further one is five times longer."""
-    take_over_after: float = 15
+    take_over_after: Seconds = 15
     """How long another process may be silent about an entry before it is taken over."""
-    max_retry_delay: float = 2
+    max_retry_delay: Seconds = 2
 
 
 class StreamsBus(RedisProxy):

@@ -15,7 +15,7 @@ from redis.asyncio import Redis
 
 from microservices.client import Client
 from microservices.dispatcher import Dispatcher
-from microservices.exceptions import DeadlineExceeded, RpcException, Unavailable
+from microservices.exceptions import ConfigurationError, DeadlineExceeded, RpcException, Unavailable
 from microservices.handlers import event_pattern
 from microservices.transports import parse
 from microservices.transports.base import ClientProxy, Status
@@ -682,6 +682,14 @@ async def test_what_a_closing_process_cannot_finish_is_taken_over_without_delay(
 
 
 @pytest.mark.asyncio
-async def test_a_bad_option_is_explained() -> None:
-    with pytest.raises(Exception, match="did you mean 'attempts'"):
-        StreamsListener(parse("redis-streams://127.0.0.1?attemps=3"), service(echo))
+@pytest.mark.parametrize(
+    ("query", "complaint"),
+    [
+        ("attemps=3", "did you mean 'attempts'"),
+        ("prefetch=0", "Expected `int` >= 1"),  # it would never read
+        ("retry_after=-1", "Expected `float` > 0"),
+    ],
+)
+async def test_a_bad_option_is_explained(query: str, complaint: str) -> None:
+    with pytest.raises(ConfigurationError, match=complaint):
+        StreamsListener(parse(f"redis-streams://127.0.0.1?{query}"), service(echo))
