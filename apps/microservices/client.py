@@ -19,7 +19,7 @@ from .conf import get_settings, load
 from .context import RpcContext, current
 from .exceptions import ConfigurationError, RpcException
 from .executor import wait_for
-from .microservice import get_microservice
+from .microservice import get_microservice, services_here
 from .middleware import Endpoint, Middleware, chain
 from .packets import route
 from .transports.base import ClientProxy
@@ -292,7 +292,7 @@ def _connect(service: str) -> ClientProxy:
     if service == EVENTS:
         address = transports.parse(settings.events_url)
         if address.scheme == MemoryBus.scheme:
-            return MemoryBus(address, [get_microservice(name).dispatcher for name in settings.servers])
+            return MemoryBus(address, [get_microservice(name).dispatcher for name in services_here()])
         return transports.load(address, "bus")(address, service)  # type: ignore[no-any-return]
     if service in settings.servers:
         return LocalClient(get_microservice(service).dispatcher)

@@ -8,15 +8,19 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextvars import Context
 from enum import StrEnum
 from typing import Any
 
 from .client import clients
 from .conf import get_settings
-from .microservice import Microservice, get_microservice
+from .microservice import Microservice, get_microservice, services_here
+from .transports.base import Server
 
 logger = logging.getLogger("microservices")
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 
 
 class State(StrEnum):
@@ -33,12 +37,17 @@ class Lifecycle:
 
     def __init__(self) -> None:
         self.state = State.STOPPED
+        self.started = False
+        """Whether the process has once been ready."""
         self.started_at = time.monotonic()
         self._end = 0.0
         self.microservices: Sequence[Microservice] = ()
         self.application: Any = None
         # Whoever holds a connection that never ends by itself adds how it takes its leave.
         self.on_drain: set[Callable[[], Awaitable[None]]] = set()
+        # What goes on for as long as the process is ready; started again when it fails.
+        self.background: list[Callable[[], Awaitable[None]]] = []
+        self._tasks: list[asyncio.Task[None]] = []
 
     @property
     def ready(self) -> bool:
@@ -60,23 +69,36 @@ class Lifecycle:
         """Seconds since the process was set up."""
         return time.monotonic() - self.started_at
 
-    async def start(self) -> None:
-        """Open the doors, if LISTEN says so, and be ready. Raises ConfigurationError."""
+    async def start(self, urls: Mapping[str, Sequence[str]] | None = None) -> None:
+        """Open the doors, if LISTEN says so, and be ready. Raises ConfigurationError.
+
+        `urls` names, by service, the doors to open in place of the map's.
+        """
         settings = get_settings()
         self.state = State.STARTING
         clients.settle(asyncio.get_running_loop())
-        self.microservices = [get_microservice(name) for name in settings.servers]
+        self.microservices = [get_microservice(name) for name in services_here()]
+        doors: dict[str, Server] = {}
         for microservice in self.microservices:
             for mailbox in microservice.mailboxes:
                 mailbox.application = self.application or mailbox.application
-            await microservice.listen(doors=settings.listen)
-            logger.info("%s lives here%s", microservice.name, "" if settings.listen else ", its doors closed")
+            wanted = microservice.urls if urls is None else urls.get(microservice.name, ())
+            await microservice.listen(wanted if settings.listen or urls is not None else (), doors)
+            logger.info("%s lives here%s", microservice.name, "" if microservice.servers else ", its doors closed")
         self.state = State.READY
+        self.started = True
+        await self._announce(True)
+        self._tasks = [asyncio.create_task(self._keep(work), context=Context()) for work in self.background]
 
     async def drain(self) -> None:
         """Take no more messages and finish the running ones within DRAIN_TIMEOUT."""
         self.state = State.DRAINING
         self._end = time.monotonic() + self.grace
+        await self._announce(False)
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.gather(
             *(microservice.close(self.grace) for microservice in self.microservices),
             *(self._leave(leave) for leave in tuple(self.on_drain)),
@@ -89,6 +111,25 @@ class Lifecycle:
             await microservice.finish()
         clients.settle(None)
         self.state = State.STOPPED
+
+    async def _announce(self, ready: bool) -> None:
+        for microservice in self.microservices:
+            for server in microservice.servers:
+                await server.announce(ready)
+
+    async def _keep(self, work: Callable[[], Awaitable[None]]) -> None:
+        pause = FIRST_PAUSE
+        while True:
+            began = time.monotonic()
+            try:
+                await work()
+                return
+            except Exception:
+                if time.monotonic() - began > LONGEST_PAUSE:
+                    pause = FIRST_PAUSE
+                logger.exception("background work has failed; it starts again in %g s", pause)
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, LONGEST_PAUSE)
 
     async def _leave(self, leave: Callable[[], Awaitable[None]]) -> None:
         try:

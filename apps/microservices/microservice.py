@@ -30,11 +30,19 @@ class Microservice:
         self.events_url = events_url
         self.servers: list[Server] = []
 
-    async def listen(self, *, doors: bool = True) -> None:
-        """Hear the bus, and open all doors. Raises ConfigurationError for one that cannot be opened, naming it."""
+    async def listen(self, urls: Sequence[str] | None = None, doors: dict[str, Server] | None = None) -> None:
+        """Hear the bus, and open the doors: all, or those of `urls`.
+
+        `doors` holds, by address, those that other services of this process have open: what several
+        share is opened once. Raises ConfigurationError for a door that cannot be opened, naming it.
+        """
         for mailbox in self.mailboxes:
             mailbox.open()
-        for address, role in self._addresses(doors):
+        doors = {} if doors is None else doors
+        for address, role in self._addresses(self.urls if urls is None else urls):
+            if role == "server" and str(address) in doors:
+                await doors[str(address)].join(self.dispatcher)
+                continue
             server: Server = transports.load(address, role)(address, self.dispatcher)
             try:
                 await server.listen()
@@ -43,6 +51,8 @@ class Microservice:
                 reason = error.strerror or error
                 raise ConfigurationError(f"{self.name} cannot listen on {address}: {reason}") from error
             self.servers.append(server)
+            if server.shared:
+                doors[str(address)] = server
             logger.info("%s listens on %s", self.name, address)
 
     async def close(self, grace: float) -> None:
@@ -59,8 +69,7 @@ class Microservice:
         """The mailboxes of the service's consumers."""
         return list({id(h.mailbox): h.mailbox for h in self.dispatcher.handlers if h.mailbox is not None}.values())
 
-    def _addresses(self, doors: bool) -> Iterator[tuple[Address, Role]]:
-        urls = self.urls if doors else ()
+    def _addresses(self, urls: Sequence[str]) -> Iterator[tuple[Address, Role]]:
         for url in urls:
             yield transports.parse(url), "server"
         # A server at the bus's own address brings the events along.
@@ -68,6 +77,19 @@ class Microservice:
         events = transports.parse(self.events_url)
         if hears and events.scheme != "memory" and self.events_url not in urls:
             yield events, "listener"
+
+
+def services_here() -> list[str]:
+    """Return the services of the map that live here, and then the apps that only hear events."""
+    settings = get_settings()
+    return [
+        *settings.servers,
+        *(name for name in registry.services() if _only_hears(name) and name not in settings.clients),
+    ]
+
+
+def _only_hears(name: str) -> bool:
+    return all(door.kind == "event" for handler in registry.of(name) for door in handler.doors)
 
 
 @cache
@@ -81,9 +103,10 @@ def get_executor() -> Executor:
 def get_microservice(name: str) -> Microservice:
     """Return a service that lives here. Raises ConfigurationError for one that does not."""
     settings = get_settings()
-    if name not in settings.servers:
+    if name not in services_here():
         here = ", ".join(settings.servers) or "none"
         raise ConfigurationError(f"The service {name!r} does not live in this process (here: {here}).")
     middlewares = [load(path) for path in settings.server_middleware]
     dispatcher = Dispatcher(name, registry.of(name), get_executor(), middlewares)
-    return Microservice(dispatcher, [settings.servers[name].url], settings.events_url)
+    urls = [settings.servers[name].url] if name in settings.servers else []  # an app beside the map only hears events
+    return Microservice(dispatcher, urls, settings.events_url)

@@ -14,7 +14,7 @@ from msgspec import UNSET, Raw
 
 from ..context import RpcContext
 from ..dispatcher import Dispatcher, Replier
-from ..exceptions import DeadlineExceeded, RpcException, Unavailable
+from ..exceptions import ConfigurationError, DeadlineExceeded, RpcException, Unavailable
 from ..handlers import Delivery
 from ..packets import Event, Packet, Reply, Request
 from . import Address
@@ -35,6 +35,8 @@ class Server(ABC):
     scheme: ClassVar[str]
     opens_port: ClassVar[bool] = True
     """Whether peers connect to it. A broker that is away never makes a process unready."""
+    shared: ClassVar[bool] = False
+    """Whether several services of a process can stand behind one door of it."""
 
     def __init__(self, address: Address, dispatcher: Dispatcher) -> None:
         self.address = address
@@ -53,6 +55,13 @@ class Server(ABC):
     @abstractmethod
     def unwrap(self) -> Any:
         """Return the native object behind this server."""
+
+    async def join(self, dispatcher: Dispatcher) -> None:
+        """Let another service of this process stand behind this door, too; where `shared` says that it can."""
+        raise ConfigurationError(f"{self.address} is the door of {self.dispatcher.service} alone.")
+
+    async def announce(self, ready: bool) -> None:  # noqa: B027 - most protocols have no word for it
+        """Tell peers whether this process takes calls."""
 
     def handle(
         self,
