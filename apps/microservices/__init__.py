@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         RpcException,
         Unavailable,
     )
-    from .handlers import event_pattern, message_pattern
+    from .handlers import event_pattern, grpc_method, message_pattern
     from .hybrid import HybridApplication
     from .middleware import Endpoint, Middleware
 
@@ -41,6 +41,7 @@ _HOMES = {
     "Unavailable": "exceptions",
     "clients": "client",
     "event_pattern": "handlers",
+    "grpc_method": "handlers",
     "message_pattern": "handlers",
 }
 
@@ -61,6 +62,7 @@ __all__ = [
     "Unavailable",
     "clients",
     "event_pattern",
+    "grpc_method",
     "message_pattern",
 ]
 

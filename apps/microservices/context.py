@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import copy
+from typing import Any
 
 from msgspec import Raw
 
@@ -26,7 +27,8 @@ class RpcContext:
 
     `service` is the service called, `pattern` the route, `transport` the URL scheme, `peer` the
     other side's address, `metadata` the strings that travelled beside the payload, `deadline` a
-    reading of `time.monotonic()` or None. On the calling side `raw_pattern` is the pattern as
+    reading of `time.monotonic()` or None, `native` the transport's own object of the message, where it
+    has one (gRPC's ServicerContext). On the calling side `raw_pattern` is the pattern as
     JSON, as the caller wrote it, and `patience` the seconds to wait for each next value of a stream.
     """
 
@@ -34,6 +36,7 @@ class RpcContext:
         "_id",
         "deadline",
         "metadata",
+        "native",
         "patience",
         "pattern",
         "peer",
@@ -56,6 +59,7 @@ class RpcContext:
         deadline: float | None = None,
         patience: float | None = None,
         raw_pattern: Raw = _NO_PATTERN,
+        native: Any = None,
     ) -> None:
         self.service = service
         self.pattern = pattern
@@ -67,6 +71,7 @@ class RpcContext:
         self.deadline = deadline
         self.patience = patience
         self.raw_pattern = raw_pattern
+        self.native = native
 
     def __repr__(self) -> str:
         return f"<RpcContext {self.side} {self.service} {self.pattern} {self.transport} {self.peer}>"

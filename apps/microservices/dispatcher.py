@@ -62,14 +62,22 @@ class Dispatcher:
         self.service = service
         self.handlers = tuple(handlers)
         self._executor = executor
-        self._routes = self._compile(middlewares)
+        self._routes: dict[str, Route] = {}
+        # Apart, so that no other transport leads to them.
+        self._methods: dict[str, Route] = {}
+        self._compile(middlewares)
         # By the pattern's bytes as peers write them. Bounded in number and length: the peer chooses the spelling.
         self._spellings: dict[bytes, Route] = {}
 
     @property
     def routes(self) -> dict[str, Route]:
-        """All routes of the service."""
+        """All routes of the service's patterns."""
         return self._routes
+
+    @property
+    def methods(self) -> dict[str, Route]:
+        """The gRPC methods of the service: `UsersService/FindOne`, as they were declared."""
+        return self._methods
 
     def hears(self, route: str, delivery: Delivery | None = None) -> bool:
         """Return whether some handler listens to this event, or one that wants it delivered so."""
@@ -84,16 +92,20 @@ class Dispatcher:
         peer: str,
         channel: str | None = None,
         delivery: Delivery | None = None,
+        route: Route | None = None,
+        native: Any = None,
     ) -> asyncio.Task[Any] | None:
         """Run what a packet asks for; returns the task that does, or None when it is done already.
 
         The task of an event ends with the list of what its handlers raised.
 
         Answers go to `reply`. `channel` is the route where the transport knows it better than the
-        packet. `delivery` narrows an event's handlers to those that want it so, where a bus tells them
-        apart. The caller owns the task: it keeps it, and cancels it when the peer is gone.
+        packet, `route` where it has found that already. `delivery` narrows an event's handlers to those
+        that want it so, where a bus tells them apart. `native` is the transport's own object of the
+        message. The caller owns the task: it keeps it, and cancels it when the peer is gone.
         """
-        route = self._find(packet.pattern) if channel is None else self._routes.get(channel)
+        if route is None:
+            route = self._find(packet.pattern) if channel is None else self._routes.get(channel)
         is_event = packet.id is UNSET
         if route is None:
             if is_event:
@@ -110,6 +122,7 @@ class Dispatcher:
             metadata=_texts(packet.metadata) if isinstance(packet.metadata, dict) else None,
             id=None if isinstance(packet.id, UnsetType) else packet.id,
             deadline=None if packet.metadata is UNSET else deadline_on_wire(packet.metadata),
+            native=native,
         )
         if is_event:
             return self._spawn(self._hear(route, delivery, packet.data, context), None)
@@ -121,9 +134,7 @@ class Dispatcher:
 
     # Requests
 
-    def _answer_in_place(
-        self, target: Target, data: Raw | UnsetType, context: RpcContext, reply: Replier, id: Any
-    ) -> None:
+    def _answer_in_place(self, target: Target, data: Any, context: RpcContext, reply: Replier, id: Any) -> None:
         try:
             if context.deadline is not None:
                 context.check_deadline()
@@ -132,9 +143,7 @@ class Dispatcher:
         except Exception as error:  # noqa: BLE001 - logged and answered
             self._send(reply, self._failure(error, context, id), context)
 
-    async def _answer(
-        self, target: Target, data: Raw | UnsetType, context: RpcContext, reply: Replier, id: Any
-    ) -> None:
+    async def _answer(self, target: Target, data: Any, context: RpcContext, reply: Replier, id: Any) -> None:
         current.set(context)
         if target.door.deadline is not None:
             context.cap_deadline(target.door.deadline)
@@ -191,7 +200,7 @@ class Dispatcher:
     # Events
 
     async def _hear(
-        self, route: Route, delivery: Delivery | None, data: Raw | UnsetType, context: RpcContext
+        self, route: Route, delivery: Delivery | None, data: Any, context: RpcContext
     ) -> list[BaseException]:
         current.set(context)
         targets = route.listeners(delivery) or ((route.request,) if route.request and not route.events else ())
@@ -210,7 +219,7 @@ class Dispatcher:
         else:
             logger.error("%s failed to handle %s", name, pattern, exc_info=error)
 
-    async def _listen(self, target: Target, data: Raw | UnsetType, context: RpcContext) -> None:
+    async def _listen(self, target: Target, data: Any, context: RpcContext) -> None:
         result = await target.endpoint(data, context)
         if target.handler.colour is Colour.STREAM:
             async for _ in result:  # nobody takes the values, but the work is done
@@ -218,20 +227,19 @@ class Dispatcher:
 
     # Start-up and bookkeeping
 
-    def _compile(self, middlewares: Sequence[Middleware]) -> dict[str, Route]:
-        routes: dict[str, Route] = {}
+    def _compile(self, middlewares: Sequence[Middleware]) -> None:
         for handler in self.handlers:
             endpoint = chain(self._innermost(handler), middlewares)
             in_place = handler.colour is Colour.INLINE and not middlewares
             for door in handler.doors:
                 target = Target(handler, door, endpoint, in_place)
+                routes = self._methods if door.kind == "grpc" else self._routes
                 route = routes.get(door.route) or Route(door.route, None, ())
                 # As in NestJS, the last request handler of a pattern wins and all event handlers run.
-                if door.kind == "request":
-                    routes[door.route] = route._replace(request=target)
-                else:
+                if door.kind == "event":
                     routes[door.route] = route._replace(events=(*route.events, target))
-        return routes
+                else:
+                    routes[door.route] = route._replace(request=target)
 
     def _innermost(self, handler: Handler) -> Endpoint:
         async def in_pool(data: Any, context: RpcContext) -> Any:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
 from enum import Enum
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from msgspec import Raw, UnsetType
+from msgspec import Raw
 
 from .codec import decoder
 from .context import RpcContext
@@ -28,7 +28,7 @@ _NULL = Raw(b"null")
 class Door(NamedTuple):
     """One way into a handler."""
 
-    kind: Literal["request", "event"]
+    kind: Literal["request", "event", "grpc"]
     route: str
     retry: Retry
     deadline: float | None
@@ -78,6 +78,27 @@ def event_pattern(pattern: Any, *, delivery: Delivery = "one", inline: bool = Fa
     return _door("event", pattern, "never", None, inline, delivery)
 
 
+def grpc_method(
+    service: str, method: str = "", *, retry: Retry = "never", deadline: float | None = None
+) -> Callable[[F], F]:
+    """Make a function answer a gRPC method, as NestJS's `@GrpcMethod` and `@GrpcStreamMethod`.
+
+    `service` is the name in the .proto file, its package needed only where several files have one of
+    that name. `method` defaults to the function's own name: `find_one` is `FindOne`. A stream of
+    requests comes to an `async def` whose data is annotated `AsyncIterator[...]`; a stream of answers
+    is an `async def` with `yield`, or the list that a `def` returns. The other options are as in
+    `message_pattern`, which may stand on the same function.
+    """
+
+    def decorate(function: F) -> F:
+        name = method or "".join(part[:1].upper() + part[1:] for part in function.__name__.split("_"))
+        doors = function.__dict__.setdefault(_DOORS, [])
+        doors.append(Door("grpc", f"{service}/{name}", retry, deadline, inline=False))
+        return function
+
+    return decorate
+
+
 def _door(
     kind: Literal["request", "event"],
     pattern: Any,
@@ -123,6 +144,10 @@ class Handler:
         self.invoke = self._call_with(self._arguments)
         hints = self._hints()
         self.payload = hints.get(parameters[0].name, Any) if self._arguments else Any
+        self.takes_stream = typing.get_origin(self.payload) in (AsyncIterator, AsyncIterable)
+        if self.takes_stream:
+            self.payload = typing.get_args(self.payload)[0]
+            self._check_stream()
         self.result = hints.get("return", Any)
         try:
             self._decode = decoder(self.payload)
@@ -132,8 +157,10 @@ class Handler:
     def __repr__(self) -> str:
         return f"<Handler {self.name}>"
 
-    def convert(self, data: Raw | UnsetType) -> Any:
-        """Return the payload as the annotation asks for it. Raises InvalidPayload."""
+    def convert(self, data: Any) -> Any:
+        """Return the payload as the annotation asks for it; `data` is JSON, or a stream of it. Raises InvalidPayload."""
+        if self.takes_stream:
+            return self._convert_each(data)
         return self._decode(data if isinstance(data, Raw) else _NULL) if self._arguments else None
 
     async def deliver(self, payload: Any, context: RpcContext) -> None:
@@ -141,6 +168,16 @@ class Handler:
         if self.mailbox is None:
             raise ConfigurationError(f"{self.name} is no consumer's method.")
         await self.mailbox.deliver(self.function.__name__, (payload, context)[: self._arguments], context)
+
+    async def _convert_each(self, values: AsyncIterator[Raw]) -> AsyncIterator[Any]:
+        async for value in values:
+            yield self._decode(value)
+
+    def _check_stream(self) -> None:
+        if self.colour not in (Colour.TASK, Colour.STREAM):
+            raise ConfigurationError(f"{self.name}: only an `async def` can take a stream.")
+        if any(door.kind != "grpc" for door in self.doors):
+            raise ConfigurationError(f"{self.name}: only a gRPC method can take a stream.")
 
     def _call_with(self, arguments: int) -> Callable[[Any, RpcContext], Any]:
         function = self.function

@@ -35,7 +35,13 @@ _STREAMS = Transport(
     listener="microservices.transports.redis_streams.StreamsListener",
     broker=True,
 )
+_GRPC = Transport(
+    server="microservices.transports.grpc.GrpcServer",
+    client="microservices.transports.grpc.GrpcClient",
+)
 SCHEMES = {
+    "grpc": _GRPC,
+    "grpcs": _GRPC,
     "memory": Transport(bus="microservices.transports.local.MemoryBus"),
     "redis": _REDIS,
     "rediss": _REDIS,
@@ -62,7 +68,7 @@ class Address(NamedTuple):
     scheme: str
     host: str
     port: int
-    options: dict[str, str]
+    options: dict[str, Any]
     username: str = ""
     password: str = ""
     path: str = ""
@@ -89,8 +95,8 @@ def parse(url: str) -> Address:
         port = parts.port
     except ValueError as error:
         raise ConfigurationError(f"{url!r}: {error}.") from error
-    if parts.scheme == "tcp" and not (parts.hostname and port):
-        raise ConfigurationError(f"{url!r} must name a host and a port, as in tcp://127.0.0.1:3001.")
+    if parts.scheme in ("tcp", "grpc", "grpcs") and not (parts.hostname and port):
+        raise ConfigurationError(f"{url!r} must name a host and a port, as in {parts.scheme}://127.0.0.1:3001.")
     options = dict(parse_qsl(parts.query))
     user, password = unquote(parts.username or ""), unquote(parts.password or "")
     return Address(parts.scheme, parts.hostname or "", port or 0, options, user, password, parts.path)

@@ -76,6 +76,10 @@ class Server(ABC):
         task = self.dispatcher.dispatch(
             packet, reply, transport=self.scheme, peer=peer, channel=channel, delivery=delivery
         )
+        return self.keep(task)
+
+    def keep(self, task: asyncio.Task[Any] | None) -> asyncio.Task[Any] | None:
+        """Own a task until it ends: closing waits for it."""
         if task is not None:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)

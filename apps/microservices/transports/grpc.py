@@ -1,0 +1,696 @@
+"""gRPC: the services of .proto files, served and called without generated code (nest-wire.md section 13)."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import grpc
+import msgspec
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from msgspec import UNSET, Raw
+
+from .. import codec
+from ..context import RpcContext
+from ..dispatcher import Dispatcher, Route
+from ..exceptions import (
+    INTERNAL,
+    ConfigurationError,
+    ConnectionLost,
+    DeadlineExceeded,
+    NoHandler,
+    RpcException,
+    Unavailable,
+)
+from ..handlers import Colour, Handler
+from ..packets import Event, Packet, Reply, Request, Response, pattern_name
+from . import Address, Count, Seconds, protos, read_options
+from .base import ClientProxy, Server, Status
+from .local import LocalClient
+from .protos import Method, Protos
+
+Code = grpc.StatusCode
+Metadata = tuple[tuple[str, str | bytes], ...]
+
+ERROR_KEY = "rpc-error"
+"""The trailing metadata that holds the error object, as ASCII JSON: 402 survives FAILED_PRECONDITION."""
+
+_MAX_ERROR = 4096
+_MAX_DETAILS = 1024
+_MIB = 1024 * 1024
+
+
+class _Options(msgspec.Struct, frozen=True, kw_only=True):
+    """What servers and clients share: sizes in bytes, times in seconds, files as PEM."""
+
+    proto_path: list[str] = []
+    cache: str = ""
+    max_message_length: Count = 4 * _MIB
+    max_metadata_size: Count = 8192
+    certfile: str = ""
+    keyfile: str = ""
+    cafile: str = ""
+
+    def channel(self) -> list[tuple[str, int | str]]:
+        return [
+            ("grpc.max_receive_message_length", self.max_message_length),
+            ("grpc.max_send_message_length", self.max_message_length),
+            ("grpc.max_metadata_size", self.max_metadata_size),
+            ("grpc.absolute_max_metadata_size", self.max_metadata_size),
+        ]
+
+    def pem(self, name: str) -> bytes | None:
+        path = getattr(self, name)
+        try:
+            return Path(path).read_bytes() if path else None
+        except OSError as error:
+            raise ConfigurationError(f"{name} {path!r} cannot be read: {error.strerror}") from error
+
+
+class ServerOptions(_Options, frozen=True, kw_only=True):
+    """What a server's URL may set beside the `_Options`; with `cafile`, peers need a certificate."""
+
+    max_concurrent_streams: Count = 100
+    max_in_flight: Count = 1000
+    max_connection_age: Seconds = 1800
+    max_connection_age_grace: Seconds = 30
+    reflection: bool = False
+
+
+class ClientOptions(_Options, frozen=True, kw_only=True):
+    """What a client's URL may set beside the `_Options`; `rpcs` names the RPC of each pattern."""
+
+    rpcs: dict[str, str] = {}
+    connect_timeout: Seconds = 5
+    keepalive: Seconds | None = None
+    server_name: str = ""
+
+
+# Serving
+
+
+class GrpcServer(Server):
+    """Answers any gRPC client with the handlers that are marked `@grpc_method`."""
+
+    scheme = "grpc"
+    shared = True
+
+    def __init__(self, address: Address, dispatcher: Dispatcher) -> None:
+        super().__init__(address, dispatcher)
+        self.options: ServerOptions = read_options(ServerOptions, address)
+        self.port = 0
+        """The port that it really listens on; 0 while it does not."""
+        self._protos = protos.load(tuple(self.options.proto_path), self.options.cache)
+        self._router = _Router()
+        self._services: set[str] = set()
+        self._server: grpc.aio.Server | None = None
+        self._health: Any = None
+
+    async def listen(self) -> None:
+        await self.join(self.dispatcher)
+        server = grpc.aio.server(options=self._settings(), maximum_concurrent_rpcs=self.options.max_in_flight)
+        server.add_generic_rpc_handlers((self._router,))
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        try:
+            self.port = self._bind(server)
+        except RuntimeError as error:
+            await server.stop(None)
+            raise OSError(errno.EADDRINUSE, "the port is taken, or the address is not one of this machine") from error
+        await self.announce(False)
+        await server.start()
+        self._server = server
+        self.status = Status.CONNECTED
+
+    async def join(self, dispatcher: Dispatcher) -> None:
+        for name, route in dispatcher.methods.items():
+            method = self._protos.method(name)
+            if route.request is not None:
+                check(route.request.handler, method)
+            self._services.add(method.service)
+            self._router.add(method, _Endpoint(self, dispatcher, route, method))
+
+    async def announce(self, ready: bool) -> None:
+        status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ("", *self._services):
+            await self._health.set(name, status)
+        if ready and self.options.reflection and self._server is not None:
+            self._reflect(self._server)
+
+    async def close(self, grace: float) -> None:
+        if self._server is not None:
+            await self._server.stop(grace)
+        await self.finish(0)
+        self.status = Status.CLOSED
+
+    def unwrap(self) -> grpc.aio.Server | None:
+        return self._server
+
+    def _settings(self) -> list[tuple[str, int | str]]:
+        options = self.options
+        return [
+            *options.channel(),
+            ("grpc.so_reuseport", 0),  # with it, a second server on the port would share it in silence
+            ("grpc.max_concurrent_streams", options.max_concurrent_streams),
+            ("grpc.max_connection_age_ms", int(options.max_connection_age * 1000)),
+            ("grpc.max_connection_age_grace_ms", int(options.max_connection_age_grace * 1000)),
+            ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+        ]
+
+    def _bind(self, server: grpc.aio.Server) -> int:
+        where = f"[{self.address.host}]" if ":" in self.address.host else self.address.host
+        where = f"{where}:{self.address.port}"
+        if self.address.scheme != "grpcs":
+            return int(server.add_insecure_port(where))
+        key, certificate, authority = (self.options.pem(name) for name in ("keyfile", "certfile", "cafile"))
+        if key is None or certificate is None:
+            raise ConfigurationError(f"{self.address}: grpcs:// needs a certfile and a keyfile.")
+        credentials = grpc.ssl_server_credentials([(key, certificate)], authority, authority is not None)
+        return int(server.add_secure_port(where, credentials))
+
+    def _reflect(self, server: grpc.aio.Server) -> None:
+        from grpc_reflection.v1alpha import reflection, reflection_pb2
+
+        own = [health.SERVICE_NAME, reflection.SERVICE_NAME]
+        for file in (health_pb2.DESCRIPTOR, reflection_pb2.DESCRIPTOR):
+            self._protos.pool.AddSerializedFile(file.serialized_pb)
+        reflection.enable_server_reflection([*self._services, *own], server, self._protos.pool)
+
+
+class _Router(grpc.GenericRpcHandler):  # type: ignore[misc]
+    """Finds what answers a path; a service may join while the server runs."""
+
+    def __init__(self) -> None:
+        self._handlers: dict[str, grpc.RpcMethodHandler] = {}
+
+    def add(self, method: Method, endpoint: _Endpoint) -> None:
+        kinds = {
+            (False, False): grpc.unary_unary_rpc_method_handler,
+            (False, True): grpc.unary_stream_rpc_method_handler,
+            (True, False): grpc.stream_unary_rpc_method_handler,
+            (True, True): grpc.stream_stream_rpc_method_handler,
+        }
+        self._handlers[method.path] = kinds[method.client_streaming, method.server_streaming](endpoint.serve)
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+        return self._handlers.get(handler_call_details.method)
+
+
+class _Endpoint:
+    """Hands the calls of one method to its handler."""
+
+    def __init__(self, server: GrpcServer, dispatcher: Dispatcher, route: Route, method: Method) -> None:
+        self._server = server
+        self._dispatcher = dispatcher
+        self._route = route
+        self._method = method
+
+    async def serve(self, request: Any, native: grpc.aio.ServicerContext[Any, Any]) -> bytes | None:
+        """Answer one call; `request` is a message's bytes, or an iterator of them."""
+        answer = _Answer(self._method, native.write)
+        try:
+            data = requests(self._method, request)
+        except RpcException as error:
+            answer.error = error
+        else:
+            packet = Packet(data=data, metadata=_told(native), id=_id(native))  # type: ignore[arg-type]
+            task = self._server.keep(
+                self._dispatcher.dispatch(
+                    packet, answer.take, transport="grpc", peer=_peer(native), route=self._route, native=native
+                )
+            )
+            if task is not None:
+                await task  # cancelled with this call: by its peer, or at its deadline
+        if answer.error is not None:
+            status, details, trailing = to_status(answer.error)
+            await native.abort(status, details, (*(native.trailing_metadata() or ()), *trailing))
+        for body in answer.bodies[: len(answer.bodies) if self._method.server_streaming else 0]:
+            await native.write(body)
+        return None if self._method.server_streaming else answer.bodies[0]
+
+
+class _Answer:
+    """What a handler answers, packet by packet."""
+
+    def __init__(self, method: Method, write: Callable[[bytes], Any]) -> None:
+        self._method = method
+        self._write = write
+        self.bodies: list[bytes] = []
+        self.error: RpcException | None = None
+
+    def take(self, response: Response) -> Any:
+        """Take one packet; gives the writing to wait for. Raises InvalidPayload for an answer that does not fit."""
+        if response.err is not UNSET:
+            self.error = RpcException.from_wire(response.err)
+        elif response.response is not UNSET:
+            values = plain(response.response)
+            if self._method.server_streaming and response.is_disposed is not True:
+                return self._write(self._method.response.encode(values))
+            # A whole list at once is what a `def` handler gives to a stream.
+            together = values if self._method.server_streaming and isinstance(values, list) else [values]
+            self.bodies = [self._method.response.encode(value) for value in together]
+        return None
+
+
+def check(handler: Handler, method: Method) -> None:
+    """Raise ConfigurationError where a handler and an RPC do not stream alike."""
+    if handler.takes_stream is not method.client_streaming:
+        what = "a stream of requests" if method.client_streaming else "one request"
+        raise ConfigurationError(f"{method.path} sends {what}; {handler.name} is not annotated so.")
+    if handler.colour is Colour.STREAM and not method.server_streaming:
+        raise ConfigurationError(f"{method.path} has one answer; {handler.name} yields many.")
+
+
+def requests(method: Method, request: Any) -> Any:
+    """Return what a peer sent as JSON: a value, or an iterator of values. Raises InvalidPayload."""
+    if not method.client_streaming:
+        return Raw(codec.encode(method.request.decode(request)))
+    return _each(method, request)
+
+
+async def _each(method: Method, bodies: AsyncIterable[bytes]) -> AsyncIterator[Raw]:
+    async for body in bodies:
+        yield Raw(codec.encode(method.request.decode(body)))
+
+
+def plain(value: Any) -> Any:
+    """Return a value as dicts, lists and scalars. Raises TypeError for one that has no such form."""
+    return codec.decode(value) if isinstance(value, Raw) else msgspec.to_builtins(value, builtin_types=(bytes,))
+
+
+def _told(native: grpc.aio.ServicerContext[Any, Any]) -> dict[str, str]:
+    told = from_metadata(native.invocation_metadata() or ())
+    remaining = native.time_remaining()
+    if remaining is not None:
+        told["deadline"] = str(int(remaining * 1000))
+    return told
+
+
+def _id(native: grpc.aio.ServicerContext[Any, Any]) -> Raw:
+    ids = [value for key, value in native.invocation_metadata() or () if key == "id"]
+    return Raw(codec.encode(ids[0] if ids and isinstance(ids[0], str) else ""))
+
+
+def _peer(native: grpc.aio.ServicerContext[Any, Any]) -> str:
+    return unquote(str(native.peer()).partition(":")[2])
+
+
+# Errors and metadata
+
+_TO_STATUS = {
+    400: Code.INVALID_ARGUMENT,
+    401: Code.UNAUTHENTICATED,
+    402: Code.FAILED_PRECONDITION,
+    403: Code.PERMISSION_DENIED,
+    404: Code.NOT_FOUND,
+    409: Code.FAILED_PRECONDITION,
+    412: Code.ABORTED,
+    422: Code.INVALID_ARGUMENT,
+    429: Code.RESOURCE_EXHAUSTED,
+    499: Code.CANCELLED,
+    501: Code.UNIMPLEMENTED,
+    503: Code.UNAVAILABLE,
+    504: Code.DEADLINE_EXCEEDED,
+}
+_FROM_STATUS = {
+    Code.CANCELLED: 499,
+    Code.INVALID_ARGUMENT: 400,
+    Code.NOT_FOUND: 404,
+    Code.ALREADY_EXISTS: 409,
+    Code.PERMISSION_DENIED: 403,
+    Code.RESOURCE_EXHAUSTED: 429,
+    Code.FAILED_PRECONDITION: 409,
+    Code.ABORTED: 409,
+    Code.OUT_OF_RANGE: 400,
+    Code.UNAUTHENTICATED: 401,
+}
+_BY_NUMBER: dict[Any, grpc.StatusCode] = {code.value[0]: code for code in Code}
+
+
+def to_status(error: RpcException) -> tuple[grpc.StatusCode, str, Metadata]:
+    """Return the status, the details and the trailing metadata that an error travels as.
+
+    As in NestJS, a numeric `code` is the status itself, and a plain text is UNKNOWN; `statusCode` is
+    mapped by the table of reference-system.md section 8.
+    """
+    whole = error.error if isinstance(error.error, Mapping) else {}
+    number = whole.get("code")
+    details = str(whole.get("details") or error.message)[:_MAX_DETAILS]
+    if type(number) is int and number in _BY_NUMBER and number:
+        return _BY_NUMBER[number], details, _error_object(whole)
+    if isinstance(error, NoHandler):
+        return Code.UNIMPLEMENTED, details, ()
+    if not whole:
+        return (Code.INTERNAL if error.message == INTERNAL else Code.UNKNOWN), details, ()
+    status = _TO_STATUS.get(error.status_code, Code.INTERNAL if error.status_code >= 500 else Code.FAILED_PRECONDITION)
+    if error.status_code == 409 and error.code.endswith(("-taken", "-exists")):
+        status = Code.ALREADY_EXISTS
+    return status, details, _error_object(whole)
+
+
+def from_status(error: grpc.aio.AioRpcError, service: str) -> RpcException:
+    """Return the exception that a peer's status stands for."""
+    status, details = error.code(), error.details() or ""
+    for key, value in error.trailing_metadata() or ():
+        if key == ERROR_KEY:
+            with suppress(ValueError):
+                return RpcException.from_wire(json.loads(value))
+    if status is Code.UNAVAILABLE:
+        return _unreachable(details, service)
+    if status is Code.DEADLINE_EXCEEDED:
+        return DeadlineExceeded(f"{service} did not answer in time.")
+    if status is Code.UNIMPLEMENTED:
+        return NoHandler()
+    if status in _FROM_STATUS:
+        word = status.name.lower().replace("_", "-")
+        return RpcException({"statusCode": _FROM_STATUS[status], "code": word, "message": details})
+    return RpcException(INTERNAL if status is Code.INTERNAL else details)
+
+
+def _unreachable(details: str, service: str) -> RpcException:
+    # Whether anything was sent is told in words only.
+    if "failed to connect" in details.lower() or "resolution" in details.lower():
+        return Unavailable(f"{service} cannot be reached: {details}")
+    return ConnectionLost(f"Connection closed: {details}")
+
+
+def _error_object(whole: Mapping[str, Any]) -> Metadata:
+    for part in (whole, {key: whole[key] for key in ("statusCode", "code", "message") if key in whole}):
+        try:
+            text = json.dumps(msgspec.to_builtins(part), separators=(",", ":"))  # ASCII, as metadata must be
+        except TypeError:
+            continue
+        if len(text) <= _MAX_ERROR:
+            return ((ERROR_KEY, text),)
+    return ()
+
+
+def to_metadata(texts: Mapping[str, str], id: str) -> Metadata:
+    """Return metadata as gRPC carries it: what is not printable ASCII goes as UTF-8 under `<name>-bin`.
+
+    Raises RpcException for a name that gRPC does not allow.
+    """
+    pairs: list[tuple[str, str | bytes]] = [("id", id)]
+    for name, value in texts.items():
+        key = name.lower()
+        if (
+            not key.isascii()
+            or not key.replace("-", "").replace("_", "").replace(".", "").isalnum()
+            or key.startswith("grpc-")
+        ):
+            message = f"{name!r} is no name for gRPC metadata."
+            raise RpcException({"statusCode": 400, "code": "bad-metadata", "message": message})
+        if key == "id" or key.endswith("-bin"):
+            continue
+        fits = value.isascii() and value.isprintable() and value == value.strip()
+        pairs.append((key, value) if fits else (f"{key}-bin", value.encode("utf-8", "replace")))
+    return tuple(pairs)
+
+
+def from_metadata(pairs: Any) -> dict[str, str]:
+    """Return the texts among a peer's metadata; what is no UTF-8 is left to the handler, in `native`."""
+    texts: dict[str, str] = {}
+    for key, value in pairs:
+        if key.startswith("grpc-") or key == "user-agent":
+            continue
+        if isinstance(value, str):
+            texts[key] = value
+        else:
+            with suppress(UnicodeDecodeError):
+                texts[key.removesuffix("-bin")] = value.decode()
+    return texts
+
+
+# Calling
+
+
+class _Running:
+    """A call of ours; closing the client ends it with a reason."""
+
+    def __init__(self, call: Any) -> None:
+        self.call = call
+        self.error: RpcException | None = None
+
+    def fail(self, error: RpcException) -> None:
+        self.error = error
+        self.call.cancel()
+
+
+def rpc(files: Protos, rpcs: Mapping[str, str], route: str, service: str) -> Method:
+    """Return the RPC of a pattern: the one that `rpcs` maps it to, or the one that it names itself.
+
+    Raises RpcException 501 for a pattern that is neither.
+    """
+    name = pattern_name(route)
+    path = rpcs.get(name) or rpcs.get(route) or name
+    if "/" in path:
+        with suppress(ConfigurationError):
+            return files.method(path)
+    message = f"{name} is no RPC of {service}: its `rpcs` map {', '.join(rpcs) or 'nothing'}."
+    raise RpcException({"statusCode": 501, "code": "not-mapped", "message": message})
+
+
+class GrpcClient(ClientProxy):
+    """Calls any gRPC server: patterns that are mapped to RPCs, and RPCs by name."""
+
+    scheme = "grpc"
+
+    def __init__(self, address: Address, service: str) -> None:
+        super().__init__(address, service)
+        self.options: ClientOptions = read_options(ClientOptions, address)
+        self._protos = protos.load(tuple(self.options.proto_path), self.options.cache)
+        for path in self.options.rpcs.values():
+            self._protos.method(path)
+        self._channel: grpc.aio.Channel | None = None
+        self._methods: dict[str, tuple[Method, Any]] = {}
+
+    def ready(self) -> bool:
+        return self.status is Status.CONNECTED
+
+    async def connect(self) -> None:
+        if self._channel is None:
+            self._channel = self._open()
+        self.status = Status.CONNECTING
+        try:
+            async with asyncio.timeout(self.options.connect_timeout):
+                await self._until_connected(self._channel)
+        except TimeoutError:
+            raise Unavailable(f"{self.service} cannot be reached at {self.address}: no connection in time.") from None
+        finally:
+            if self.status is Status.CONNECTING:
+                self.status = Status.DISCONNECTED
+
+    async def send(self, data: Any, context: RpcContext) -> Raw | None:
+        method, start = self._method(context.pattern)
+        await self._until_ready(context)
+        running = self._begin(method, start, data, context)
+        try:
+            if method.server_streaming:
+                body = await running.call.read()
+                return None if body is grpc.aio.EOF else _json(method, body)
+            return _json(method, await running.call)
+        except grpc.aio.AioRpcError as error:
+            raise self._failed(error) from error
+        except asyncio.CancelledError:
+            if running.error is not None:
+                raise running.error from None
+            raise
+        finally:
+            self._end(running, context)
+
+    async def stream(self, data: Any, context: RpcContext) -> AsyncGenerator[Raw]:
+        method, start = self._method(context.pattern)
+        if not method.server_streaming:
+            if context.patience is not None:
+                context.cap_deadline(context.patience)
+            value = await self.send(data, context)
+            if value is not None:
+                yield value
+            return
+        await self._until_ready(context)
+        running = self._begin(method, start, data, context)
+        try:
+            while True:
+                wait = min((w for w in (context.patience, context.remaining()) if w is not None), default=None)
+                async with asyncio.timeout(wait):
+                    body = await running.call.read()
+                if body is grpc.aio.EOF:
+                    return
+                yield _json(method, body)
+        except TimeoutError:
+            raise DeadlineExceeded() from None
+        except grpc.aio.AioRpcError as error:
+            raise self._failed(error) from error
+        except asyncio.CancelledError:
+            if running.error is not None:
+                raise running.error from None
+            raise
+        finally:
+            self._end(running, context)
+
+    async def publish(self, request: Request, route: str) -> None:
+        raise RpcException("gRPC has calls of its own.")
+
+    async def dispatch_event(self, event: Event, route: str) -> None:
+        message = "gRPC carries no events: emit them on the bus."
+        raise RpcException({"statusCode": 501, "code": "no-events", "message": message})
+
+    async def emit(self, data: Any, context: RpcContext) -> None:
+        try:
+            plain(data)
+        except codec.UNENCODABLE as error:
+            raise codec.not_json(error) from error
+        if self.status is Status.CLOSED:
+            raise Unavailable(f"The client of {self.service} is closed.", code="closed")
+        await self.dispatch_event(Event(context.raw_pattern, data), context.pattern)
+
+    async def close(self) -> None:
+        self.status = Status.CLOSED
+        self.fail_pending(Unavailable(f"The client of {self.service} is closed.", code="closed"))
+        if self._channel is not None:
+            await self._channel.close()
+
+    def unwrap(self) -> grpc.aio.Channel | None:
+        return self._channel
+
+    def _open(self) -> grpc.aio.Channel:
+        options = self.options
+        settings: list[tuple[str, int | str]] = [
+            *options.channel(),
+            ("grpc.use_local_subchannel_pool", 1),  # closing it ends its connection, whoever else calls that address
+            ("grpc.initial_reconnect_backoff_ms", 100),
+            ("grpc.min_reconnect_backoff_ms", 100),
+            ("grpc.max_reconnect_backoff_ms", 1000),
+        ]
+        if options.keepalive is not None:
+            settings += [("grpc.keepalive_time_ms", int(options.keepalive * 1000)), ("grpc.keepalive_timeout_ms", 5000)]
+        host = f"[{self.address.host}]" if ":" in self.address.host else self.address.host
+        where = f"{host}:{self.address.port}"
+        if self.address.scheme != "grpcs":
+            return grpc.aio.insecure_channel(where, settings)
+        if options.server_name:
+            settings.append(("grpc.ssl_target_name_override", options.server_name))
+        key, certificate, authority = (options.pem(name) for name in ("keyfile", "certfile", "cafile"))
+        return grpc.aio.secure_channel(where, grpc.ssl_channel_credentials(authority, key, certificate), settings)
+
+    async def _until_connected(self, channel: grpc.aio.Channel) -> None:
+        while self.status is not Status.CLOSED:
+            state = channel.get_state(try_to_connect=True)
+            if state is grpc.ChannelConnectivity.READY:
+                self.status = Status.CONNECTED
+                return
+            if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
+                raise Unavailable(f"{self.service} cannot be reached at {self.address}.")
+            await channel.wait_for_state_change(state)
+        raise Unavailable(f"The client of {self.service} is closed.", code="closed")
+
+    def _method(self, route: str) -> tuple[Method, Any]:
+        known = self._methods.get(route)
+        if known is None:
+            method = rpc(self._protos, self.options.rpcs, route, self.service)
+            if self._channel is None:
+                self._channel = self._open()
+            kinds = {
+                (False, False): self._channel.unary_unary,
+                (False, True): self._channel.unary_stream,
+                (True, False): self._channel.stream_unary,
+                (True, True): self._channel.stream_stream,
+            }
+            known = self._methods[route] = method, kinds[method.client_streaming, method.server_streaming](method.path)
+        return known
+
+    def _begin(self, method: Method, start: Any, data: Any, context: RpcContext) -> _Running:
+        self._count += 1
+        context.id = id = f"{self._prefix}{self._count:x}"
+        body = _bodies(method, data) if method.client_streaming else _body(method, data)
+        call = start(body, timeout=context.remaining(), metadata=to_metadata(context.metadata, id))
+        running = _Running(call)
+        self._pending[id] = running  # type: ignore[assignment]
+        return running
+
+    def _end(self, running: _Running, context: RpcContext) -> None:
+        self._pending.pop(context.id or "", None)
+        running.call.cancel()  # nothing happens to a call that is done
+
+    def _failed(self, error: grpc.aio.AioRpcError) -> RpcException:
+        if error.code() is Code.UNAVAILABLE and self.status is Status.CONNECTED:
+            self.status = Status.DISCONNECTED
+        return from_status(error, self.service)
+
+
+class LocalGrpcClient(LocalClient):
+    """Calls the gRPC methods of a service that lives in this process, through the same message types."""
+
+    def __init__(self, dispatcher: Dispatcher, files: Protos) -> None:
+        super().__init__(dispatcher)
+        self._protos = files
+        self._routes = {files.method(name).path: route for name, route in dispatcher.methods.items()}
+        self._methods: dict[str, Method] = {}
+
+    async def publish(self, request: Request, route: str) -> None:
+        method = rpc(self._protos, {}, route, self.service)
+        if method.path not in self._routes:
+            raise NoHandler()
+        data: Any = requests(
+            method, _bodies(method, request.data) if method.client_streaming else _body(method, request.data)
+        )
+        metadata = {} if request.metadata is UNSET else request.metadata
+        packet = Packet(data=data, metadata=dict(metadata), id=Raw(codec.encode(request.id)))
+        answer = _LocalAnswer(self, method, request.id)
+        task = self._dispatcher.dispatch(
+            packet, answer.take, transport=self.scheme, peer="", route=self._routes[method.path]
+        )
+        if task is not None:
+            self._requests[request.id] = task
+            task.add_done_callback(lambda _: self._requests.pop(request.id, None))
+
+
+class _LocalAnswer:
+    """Passes a handler's answers through the message type to the caller."""
+
+    def __init__(self, client: LocalGrpcClient, method: Method, id: str) -> None:
+        self._client = client
+        self._method = method
+        self._id = id
+
+    def take(self, response: Response) -> asyncio.Future[None] | None:
+        if response.err is not UNSET:
+            err = codec.decode(codec.encode(response.err))
+            return self._client.receive(Reply(id=self._id, err=err, is_disposed=True))
+        ended = response.is_disposed is True
+        values = [] if response.response is UNSET else [plain(response.response)]
+        if ended and self._method.server_streaming and values and isinstance(values[0], list):
+            [values] = values
+        shape = self._method.response
+        written = [_json(self._method, shape.encode(value)) for value in values]
+        full = None
+        for value in written:
+            full = self._client.receive(Reply(id=self._id, response=value))
+        if ended:
+            self._client.receive(Reply(id=self._id, is_disposed=True))
+        return full
+
+
+def _body(method: Method, data: Any) -> bytes:
+    try:
+        value = plain(data)
+    except codec.UNENCODABLE as error:
+        raise codec.not_json(error) from error
+    return method.request.encode(value, strict=True)
+
+
+async def _bodies(method: Method, values: Any) -> AsyncIterator[bytes]:
+    if not isinstance(values, AsyncIterable):
+        raise RpcException({"statusCode": 400, "code": "no-stream", "message": f"{method.path} takes a stream."})
+    async for value in values:
+        yield _body(method, value)
+
+
+def _json(method: Method, body: bytes) -> Raw:
+    return Raw(codec.encode(method.response.decode(body, nulls=True)))

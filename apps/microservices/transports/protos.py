@@ -1,0 +1,402 @@
+""".proto files, loaded at start without generated code, and plain objects in place of their messages."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from google.protobuf import descriptor_pb2, descriptor_pool, json_format, message_factory
+from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescriptor
+from google.protobuf.message import DecodeError, Message
+
+from ..exceptions import ConfigurationError, InvalidPayload
+
+_COMPILE_TIMEOUT = 30.0
+Read = Callable[[Any, bool], Any]
+Write = Callable[[Any, bool], Any]
+
+
+class Method(NamedTuple):
+    """One RPC of a service: `path` is what travels, `/users.UsersService/FindOne`."""
+
+    path: str
+    service: str
+    name: str
+    request: Shape
+    response: Shape
+    client_streaming: bool
+    server_streaming: bool
+
+
+class Protos:
+    """The services of some .proto files."""
+
+    def __init__(self, files: bytes) -> None:
+        described = descriptor_pb2.FileDescriptorSet.FromString(files)
+        self.pool = descriptor_pool.DescriptorPool()
+        for file in described.file:
+            self.pool.AddSerializedFile(file.SerializeToString())
+        self._shapes: dict[str, Shape] = {}
+        self.services: dict[str, dict[str, Method]] = {}
+        for file in described.file:
+            package = f"{file.package}." if file.package else ""
+            for service in file.service:
+                name = f"{package}{service.name}"
+                self.services[name] = {method.name: self._method(name, method) for method in service.method}
+
+    def service(self, name: str) -> str:
+        """Return a service's full name; `name` may leave out the package, or a part of it, where that is clear.
+
+        Raises ConfigurationError for one that no file declares, or several do.
+        """
+        if name in self.services:
+            return name
+        found = [full for full in self.services if full.endswith(f".{name}")]
+        if len(found) == 1:
+            return found[0]
+        told = "several have it" if found else "none has it"
+        raise ConfigurationError(
+            f"The service {name!r} of the .proto files is not clear: {told} among {self._known()}."
+        )
+
+    def method(self, path: str) -> Method:
+        """Return the RPC that `Service/Method` names. Raises ConfigurationError where there is none."""
+        service, _, name = path.strip("/").rpartition("/")
+        methods = self.services[self.service(service)]
+        if name not in methods:
+            raise ConfigurationError(f"{service} has no RPC {name!r}; it has {', '.join(methods) or 'none'}.")
+        return methods[name]
+
+    def shape(self, descriptor: Descriptor) -> Shape:
+        """Return the shape of a message type, compiled once."""
+        shape = self._shapes.get(descriptor.full_name)
+        if shape is None:
+            shape = self._shapes[descriptor.full_name] = Shape(descriptor, self.shape)
+            shape.compile()
+        return shape
+
+    def _method(self, service: str, method: descriptor_pb2.MethodDescriptorProto) -> Method:
+        request, response = (
+            self.shape(self.pool.FindMessageTypeByName(name.lstrip(".")))
+            for name in (method.input_type, method.output_type)
+        )
+        path = f"/{service}/{method.name}"
+        return Method(path, service, method.name, request, response, method.client_streaming, method.server_streaming)
+
+    def _known(self) -> str:
+        return ", ".join(self.services) or "no service at all"
+
+
+class Shape:
+    """A message type: its bytes become a plain dict, and back.
+
+    Fields keep the names of the .proto file, 64-bit integers stay integers, enums are their names,
+    bytes stay bytes, and google.protobuf's own types take their JSON form. What was not sent has its
+    default; an `optional` field or a message that was not sent is missing, or None where `decode` is
+    told so.
+    """
+
+    def __init__(self, descriptor: Descriptor, shape: Callable[[Descriptor], Shape]) -> None:
+        self.name = descriptor.full_name
+        self._descriptor = descriptor
+        self._shape = shape
+        self._class: type[Message] = message_factory.GetMessageClass(descriptor)
+        self._always: list[tuple[str, Read]] = []
+        self._present: list[tuple[str, Read]] = []
+        self._writes: dict[str, tuple[str, Write]] = {}
+        self._special = _SPECIAL.get(self.name)
+
+    def compile(self) -> None:
+        """Plan each field. Apart from the constructor, since a message may contain its own type."""
+        for field in self._descriptor.fields:
+            read, write = self._plan(field)
+            (self._present if field.has_presence else self._always).append((field.name, read))
+            for name in {field.json_name, field.camelcase_name, field.name}:
+                self._writes[name] = field.name, write
+
+    def decode(self, body: bytes, *, nulls: bool = False) -> Any:
+        """Return the message in `body`. Raises InvalidPayload for bytes that are none.
+
+        With `nulls`, fields that were not sent and have no default are None instead of missing.
+        """
+        try:
+            message = self._class.FromString(body)
+        except DecodeError as error:
+            raise InvalidPayload(f"These bytes are no {self.name}.") from error
+        return self.read(message, nulls)
+
+    def encode(self, value: Any, *, strict: bool = False) -> bytes:
+        """Return the bytes of a plain value; with `strict`, a field that the message does not have is an error.
+
+        Raises InvalidPayload for a value that does not fit, with a pointer to the field.
+        """
+        message: bytes = self.write(value, strict).SerializeToString()
+        return message
+
+    def read(self, message: Any, nulls: bool) -> Any:
+        """Return a message as a plain value."""
+        if self._special is not None:
+            return self._special.read(message)
+        fields = {name: read(getattr(message, name), nulls) for name, read in self._always}
+        for name, read in self._present:
+            if message.HasField(name):
+                fields[name] = read(getattr(message, name), nulls)
+            elif nulls:
+                fields[name] = None
+        return fields
+
+    def write(self, value: Any, strict: bool) -> Any:
+        """Return a plain value as a message."""
+        if self._special is not None:
+            return self._special.write(value, self._class())
+        if value is None:
+            value = {}
+        if not isinstance(value, Mapping):
+            raise InvalidPayload(f"{self.name} is an object, not {type(value).__name__}.")
+        fields: dict[str, Any] = {}
+        for key, part in value.items():
+            known = self._writes.get(key)
+            if known is None:
+                if strict:
+                    raise InvalidPayload(f"{self.name} has no field {key!r}.", f"/{key}")
+                continue
+            if part is None:
+                continue
+            name, write = known
+            try:
+                fields[name] = write(part, strict)
+            except InvalidPayload as error:
+                raise _inside(key, error) from error
+            except (TypeError, ValueError, AttributeError) as error:
+                raise InvalidPayload(f"This does not fit: {error}", f"/{key}") from error
+        try:
+            return self._class(**fields)
+        except (TypeError, ValueError) as error:
+            raise _blamed(self._class, fields, error) from error
+
+    def _plan(self, field: FieldDescriptor) -> tuple[Any, Any]:
+        kind = field.message_type
+        if kind is not None and kind.GetOptions().map_entry:
+            return self._plan_map(kind)
+        read, write = self._plan_one(field)
+        if not field.is_repeated:
+            return read, write
+        return (
+            lambda values, nulls: [read(value, nulls) for value in values],
+            lambda values, strict: _each(values, write, strict),
+        )
+
+    def _plan_one(self, field: FieldDescriptor) -> tuple[Any, Any]:
+        if field.message_type is not None:
+            shape = self._shape(field.message_type)
+            return shape.read, shape.write
+        if field.enum_type is not None:
+            return _enum(field.enum_type)
+        return _as_is, _as_is
+
+    def _plan_map(self, entry: Descriptor) -> tuple[Any, Any]:
+        read, write = self._plan_one(entry.fields_by_name["value"])
+        number = entry.fields_by_name["key"].cpp_type not in (
+            FieldDescriptor.CPPTYPE_STRING,
+            FieldDescriptor.CPPTYPE_BOOL,
+        )
+        is_bool = entry.fields_by_name["key"].cpp_type == FieldDescriptor.CPPTYPE_BOOL
+
+        def key_in(key: Any) -> Any:
+            if is_bool:
+                return key in (True, "true")
+            return int(key) if number else key
+
+        def key_out(key: Any) -> str:
+            return str(key).lower() if is_bool else str(key)
+
+        return (
+            lambda values, nulls: {key_out(key): read(value, nulls) for key, value in values.items()},
+            lambda values, strict: {key_in(key): write(value, strict) for key, value in values.items()},
+        )
+
+
+def _as_is(value: Any, _: bool) -> Any:
+    return value
+
+
+def _each(values: Any, write: Any, strict: bool) -> list[Any]:
+    if not isinstance(values, list | tuple):
+        raise TypeError("a list is expected")
+    written = []
+    for index, value in enumerate(values):
+        try:
+            written.append(write(value, strict))
+        except InvalidPayload as error:
+            raise _inside(str(index), error) from error
+    return written
+
+
+def _enum(enum: EnumDescriptor) -> tuple[Any, Any]:
+    names = {value.number: value.name for value in enum.values}
+    numbers = {value.name: value.number for value in enum.values}
+
+    def write(value: Any, _: bool) -> int:
+        if isinstance(value, str):
+            if value not in numbers:
+                raise InvalidPayload(f"{value!r} is none of {', '.join(numbers)}.")
+            return numbers[value]
+        return int(value)
+
+    return (lambda number, _: names.get(number, number)), write
+
+
+def _inside(key: str, error: InvalidPayload) -> InvalidPayload:
+    return InvalidPayload(error.message, f"/{key}{error.errors[0]['pointer']}")
+
+
+def _blamed(kind: type[Message], fields: dict[str, Any], error: Exception) -> InvalidPayload:
+    # protobuf's complaint does not always name the field.
+    for name, value in fields.items():
+        try:
+            kind(**{name: value})
+        except TypeError:
+            return InvalidPayload(f"A value of type {type(value).__name__} does not fit.", f"/{name}")
+        except ValueError as alone:
+            return InvalidPayload(f"This does not fit: {alone}", f"/{name}")
+    return InvalidPayload(f"This does not fit: {error}")
+
+
+# google.protobuf's own types, in their JSON form (protobuf's "ProtoJSON format").
+
+
+class _Special(NamedTuple):
+    read: Callable[[Any], Any]
+    write: Callable[[Any, Any], Any]
+
+
+def _value_read(message: Any) -> Any:
+    match message.WhichOneof("kind"):
+        case "struct_value":
+            return {key: _value_read(value) for key, value in message.struct_value.fields.items()}
+        case "list_value":
+            return [_value_read(value) for value in message.list_value.values]
+        case "number_value":
+            # One kind of number, as in JavaScript: a whole one is whole again.
+            number = message.number_value
+            return int(number) if number.is_integer() else number
+        case None | "null_value":
+            return None
+        case kind:
+            return getattr(message, kind)
+
+
+def _json_write(value: Any, message: Any) -> Any:
+    try:
+        return json_format.ParseDict(value, message)
+    except json_format.ParseError as error:
+        raise InvalidPayload(str(error)) from error
+
+
+_SPECIAL = {
+    f"google.protobuf.{name}": _Special(json_format.MessageToDict, _json_write)
+    for name in (
+        *("Any", "Duration", "FieldMask", "Timestamp"),
+        *("BoolValue", "BytesValue", "DoubleValue", "FloatValue", "StringValue"),
+        *("Int32Value", "UInt32Value"),
+    )
+}
+# Their JSON form is a text; ours is a number, as everywhere.
+_SPECIAL |= {
+    f"google.protobuf.{name}": _Special(lambda message: message.value, _json_write)
+    for name in ("Int64Value", "UInt64Value")
+}
+_SPECIAL |= {
+    "google.protobuf.Value": _Special(_value_read, _json_write),
+    "google.protobuf.ListValue": _Special(
+        lambda message: [_value_read(value) for value in message.values], _json_write
+    ),
+    "google.protobuf.Struct": _Special(
+        lambda message: {key: _value_read(value) for key, value in message.fields.items()}, _json_write
+    ),
+}
+
+
+# Loading
+
+
+@cache
+def load(paths: tuple[str, ...], cache: str = "") -> Protos:
+    """Load .proto files, given as files or as folders of them.
+
+    What the compiler makes of them is kept in the folder `cache`, by their content. Raises
+    ConfigurationError for a path that is not there, or what the compiler says of a file.
+    """
+    files = _files(paths)
+    if not files:
+        raise ConfigurationError(f"There is no .proto file in {', '.join(paths) or 'PROTO_PATH'}.")
+    digest = hashlib.sha256()
+    for file, root in files.items():
+        digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes() + b"\0")
+    kept = Path(cache, f"{digest.hexdigest()[:32]}.binpb") if cache else None
+    if kept is not None and kept.exists():
+        return Protos(kept.read_bytes())
+    compiled = _compile(files)
+    if kept is not None:
+        _keep(kept, compiled)
+    return Protos(compiled)
+
+
+def _files(paths: Iterable[str]) -> dict[Path, Path]:
+    """Return each file, and the folder from which imports name it."""
+    files: dict[Path, Path] = {}
+    for path in map(Path, paths):
+        if path.is_dir():
+            files |= dict.fromkeys(sorted(path.resolve().rglob("*.proto")), path.resolve())
+        elif path.is_file():
+            files.setdefault(path.resolve(), path.resolve().parent)
+        else:
+            raise ConfigurationError(f"There is no .proto file or folder {str(path)!r}.")
+    return files
+
+
+def _compile(files: dict[Path, Path]) -> bytes:
+    try:
+        import grpc_tools
+    except ImportError as error:
+        raise ConfigurationError("To read .proto files, install grpcio-tools: the extra `grpc`.") from error
+    own = Path(str(grpc_tools.__file__)).parent / "_proto"  # google/protobuf/*.proto
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "out.binpb")
+        # A process of its own: the compiler writes what is wrong to its standard error.
+        command = [sys.executable, "-m", "grpc_tools.protoc", *(f"-I{root}" for root in dict.fromkeys(files.values()))]
+        command += [f"-I{own}", "--include_imports", f"--descriptor_set_out={out}", *map(str, files)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_TIMEOUT)  # noqa: S603
+        except subprocess.TimeoutExpired as error:
+            raise ConfigurationError("The .proto files could not be compiled in time.") from error
+        if done.returncode:
+            raise ConfigurationError(f"The .proto files cannot be read: {done.stderr.strip()}")
+        return out.read_bytes()
+
+
+def _keep(path: Path, content: bytes) -> None:
+    # Written aside first: several processes of a fleet may start at once.
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent)
+    with open(descriptor, "wb") as file:
+        file.write(content)
+    os.replace(name, path)
+
+
+def snake_case(name: str) -> str:
+    """Return `FindOne` as `find_one`."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+
+
+def camel_case(name: str) -> str:
+    """Return `find_one` as `FindOne`."""
+    return "".join(part[:1].upper() + part[1:] for part in name.split("_"))
