@@ -23,10 +23,10 @@ def main() -> None:
 
 
 def live_here(argv: list[str]) -> None:
-    """Make `runmicroservice NAME...` a process of just these services, as SERVICES would."""
+    """Make `runmicroservice NAME...` and `grpcserve NAME...` processes of just these services, as SERVICES would."""
     # Names that are not on the map are left for the command to report.
     named = [word for word in argv[2:] if word in fleet.SERVICES]
-    if argv[1:2] == ["runmicroservice"] and named:
+    if argv[1:2] in (["runmicroservice"], ["grpcserve"]) and named:
         os.environ.setdefault("SERVICES", ",".join(named))
 
 

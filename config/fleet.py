@@ -1,6 +1,6 @@
-"""The map of the fleet: one line per service, its address and its health port."""
+"""The map of the fleet: one line per service, its address, its gRPC port and its health port."""
 
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 
 class Place(TypedDict):
@@ -8,13 +8,27 @@ class Place(TypedDict):
 
     url: str
     health: int
+    grpc: NotRequired[int]
 
 
 HTTP_PORT = 3000
+GRPC_PORT = 5000  # of a process that serves the gRPC of all services
+
+# Which RPC stands for which pattern, for callers whose <NAME>_URL is a grpc:// address.
+RPCS = {
+    "users": {"get_user": "UsersService/FindOne", "create_user": "UsersService/CreateUser"},
+    "orders": {"get_order": "OrdersService/FindOne", "create_order": "OrdersService/CreateOrder"},
+    "payments": {
+        "authorize_payment": "PaymentsService/Authorize",
+        "capture_payment": "PaymentsService/Capture",
+        "void_payment": "PaymentsService/Void",
+        "get_payment": "PaymentsService/FindOne",
+    },
+}
 
 SERVICES: dict[str, Place] = {
-    "users": {"url": "tcp://127.0.0.1:3001", "health": 9001},
-    "orders": {"url": "tcp://127.0.0.1:3002", "health": 9002},
-    "payments": {"url": "tcp://127.0.0.1:3003", "health": 9003},
+    "users": {"url": "tcp://127.0.0.1:3001", "grpc": 5000, "health": 9001},
+    "orders": {"url": "tcp://127.0.0.1:3002", "grpc": 5001, "health": 9002},
+    "payments": {"url": "tcp://127.0.0.1:3003", "grpc": 5002, "health": 9003},
     "notifications": {"url": "tcp://127.0.0.1:3004", "health": 9004},
 }

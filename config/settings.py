@@ -4,6 +4,7 @@ import sys
 import warnings
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import environ
 from django.core.exceptions import ImproperlyConfigured
@@ -13,8 +14,10 @@ from . import fleet
 # Any variable may come as <NAME>_FILE, the path of a file that holds it.
 env = environ.FileAwareEnv()
 
+BASE_DIR = Path(__file__).resolve().parent.parent
+
 # Where development keeps its databases, its mail and its bus.
-DATA_DIR = Path(env.str("DATA_DIR", default=str(Path(__file__).resolve().parent.parent / "data")))
+DATA_DIR = Path(env.str("DATA_DIR", default=str(BASE_DIR / "data")))
 
 DEBUG = env.bool("DEBUG", default=False)
 
@@ -55,28 +58,49 @@ def service_url(name: str) -> str:
     return url.strip()
 
 
-def health_port(name: str) -> int:
-    """Return the port of a service's health page: <NAME>_HEALTH_PORT, or HEALTH_PORT where it lives alone."""
-    port = fleet.SERVICES[name]["health"]
-    alone = int(number("HEALTH_PORT", port)) if [name] == HERE else port
-    return int(number(f"{name.upper()}_HEALTH_PORT", alone))
+def port(name: str, kind: str, default: int) -> int:
+    """Return a port of a service: <NAME>_<KIND>_PORT, or <KIND>_PORT where it lives alone."""
+    alone = int(number(f"{kind}_PORT", default)) if [name] == HERE else default
+    return int(number(f"{name.upper()}_{kind}_PORT", alone))
+
+
+def grpc_url(name: str) -> str:
+    """Return the URL of a service's gRPC methods: <NAME>_GRPC_URL, else its port of the map on the service's host."""
+    if "grpc" not in fleet.SERVICES[name]:
+        return ""
+    host = urlsplit(fleet.SERVICES[name]["url"]).hostname
+    default = f"grpc://{host}:{port(name, 'GRPC', fleet.SERVICES[name]['grpc'])}"
+    url: str = env.str(f"{name.upper()}_GRPC_URL", default=default)
+    return url.strip()
+
+
+def place(name: str) -> dict[str, Any]:
+    """Return where a service is."""
+    health = port(name, "HEALTH", fleet.SERVICES[name]["health"])
+    return {"url": service_url(name), "grpc": grpc_url(name), "health": health}
 
 
 # The event bus and the channel layer; without it both stay in the memory of the process.
 REDIS_URL: str = env.str("REDIS_URL", default="").strip()
 
-PLACES = {name: {"url": service_url(name), "health": health_port(name)} for name in fleet.SERVICES}
+PLACES = {name: place(name) for name in fleet.SERVICES}
 
 MICROSERVICES = {
     "NAME": HERE[0] if len(HERE) == 1 else "shop",
-    "CLIENTS": PLACES,
+    "CLIENTS": {name: {**PLACES[name], "rpcs": fleet.RPCS.get(name, {})} for name in PLACES},
     "SERVERS": {name: PLACES[name] for name in SERVICES},
     "HTTP_PORT": int(number("HTTP_PORT", number("PORT", fleet.HTTP_PORT))),
+    "PROTO_PATH": [str(BASE_DIR / "proto")],
+    "GRPC_PORT": int(number("GRPC_PORT", fleet.GRPC_PORT)),
     "DATA_DIR": str(DATA_DIR),
     "LISTEN": env.bool("LISTEN", default="runserver" not in sys.argv),
     "EVENTS_URL": env.str("EVENTS_URL", default=REDIS_URL.replace("://", "-streams://", 1) or "memory://"),
     "CALL_TIMEOUT": number("CALL_TIMEOUT", 5.0),
     "DRAIN_TIMEOUT": number("DRAIN_TIMEOUT", 30.0),
+    "HEARTBEAT": number("HEARTBEAT", 5.0),
+    "INSTANCE": env.str("INSTANCE", default="").strip(),
+    "ZONE": env.str("ZONE", default="").strip(),
+    "ADVERTISE_HOST": env.str("ADVERTISE_HOST", default="").strip(),
     "SERVER_MIDDLEWARE": ["microservices.telemetry.logging.CallLog"],
     "CLIENT_MIDDLEWARE": ["microservices.telemetry.logging.CallLog"],
 }
@@ -99,6 +123,7 @@ if GATEWAY:
         "drf_spectacular_sidecar",
         "channels",
         "microservices",
+        "microservices.registry",
         "gateway",
         *SERVICES,
     ]

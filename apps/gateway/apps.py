@@ -7,3 +7,4 @@ class GatewayConfig(AppConfig):
     """The HTTP edge of the shop."""
 
     name = "gateway"
+    version = "1.0.0"

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import msgspec
 from msgspec import Raw
 
-from . import codec, transports
+from . import codec, conf, stubs, transports
 from .conf import get_settings, load
 from .context import RpcContext, current
 from .exceptions import ConfigurationError, RpcException
@@ -22,6 +22,7 @@ from .executor import wait_for
 from .microservice import get_microservice, services_here
 from .middleware import Endpoint, Middleware, chain
 from .packets import route
+from .stubs import GrpcServices
 from .transports.base import ClientProxy
 from .transports.local import LocalClient, MemoryBus
 
@@ -236,6 +237,7 @@ class Clients:
 
     def __init__(self) -> None:
         self._clients: dict[str, Client] = {}
+        self._grpc: dict[str, GrpcServices] = {}
         self._home: Loop | None = None
 
     def __getitem__(self, service: str) -> Client:
@@ -244,6 +246,18 @@ class Clients:
 
     def __iter__(self) -> Iterator[str]:
         return iter(get_settings().clients)
+
+    def grpc(self, service: str) -> GrpcServices:
+        """Return the gRPC services of a service: `clients.grpc("users").service("UsersService")`.
+
+        Raises ConfigurationError for one that is not known, or has no gRPC address.
+        """
+        found = self._grpc.get(service)
+        if found is None:
+            self._known(service)
+            client = self._client(service, lambda: stubs.connect(service))
+            found = self._grpc[service] = GrpcServices(client, stubs.proto_files())
+        return found
 
     @property
     def events(self) -> Client:
@@ -256,12 +270,13 @@ class Clients:
 
     async def close(self) -> None:
         """Close all connections of the running loop."""
-        for client in list(self._clients.values()):
+        for client in [*self._clients.values(), *(services.client for services in self._grpc.values())]:
             await client.close()
 
     def reset(self) -> None:
         """Forget all clients: the settings have changed."""
         self._clients.clear()
+        self._grpc.clear()
 
     def run(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         """Run a coroutine on the application's loop, or in the background where there is none."""
@@ -271,20 +286,28 @@ class Clients:
         return _submit(work, home)
 
     def _make(self, service: str) -> Client:
-        settings = get_settings()
-        if service != EVENTS and service not in settings.clients:
-            near = difflib.get_close_matches(service, settings.clients, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(settings.clients) or 'none'}."
+        if service != EVENTS:
+            self._known(service)
+        client = self._clients[service] = self._client(service, lambda: _connect(service))
+        return client
+
+    def _known(self, service: str) -> None:
+        known = get_settings().clients
+        if service not in known:
+            near = difflib.get_close_matches(service, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known) or 'none'}."
             raise ConfigurationError(f"No service {service!r} in MICROSERVICES['CLIENTS']: {hint}")
-        client = self._clients[service] = Client(
+
+    def _client(self, service: str, connect: Callable[[], ClientProxy]) -> Client:
+        settings = get_settings()
+        return Client(
             service,
-            lambda: _connect(service),
+            connect,
             source=settings.name,
             timeout=settings.call_timeout,
             middlewares=[load(path) for path in settings.client_middleware],
             run=self.run,
         )
-        return client
 
 
 def _connect(service: str) -> ClientProxy:
@@ -296,7 +319,8 @@ def _connect(service: str) -> ClientProxy:
         return transports.load(address, "bus")(address, service)  # type: ignore[no-any-return]
     if service in settings.servers:
         return LocalClient(get_microservice(service).dispatcher)
-    address = transports.parse(settings.clients[service].url)
+    place = settings.clients[service]
+    address = conf.address(place.url, rpcs=place.rpcs)
     return transports.load(address, "client")(address, service)  # type: ignore[no-any-return]
 
 

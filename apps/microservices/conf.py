@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import difflib
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 from django.conf import settings as django_settings
 from django.utils.module_loading import import_string
 
+from . import transports
 from .exceptions import ConfigurationError
+from .transports import Address
 
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
+
+PRIVATE_NETWORKS = ("127.0.0.0/8", "::1/128", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7")
 
 
 class Service(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -21,6 +26,10 @@ class Service(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     url: str
     health: Port | None = None
+    grpc: str = ""
+    """Where its gRPC methods are, if not at `url` itself."""
+    rpcs: dict[str, str] = {}
+    """The RPC of each pattern that is called by gRPC: `{"get_user": "UsersService/FindOne"}`."""
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="upper"):
@@ -40,6 +49,19 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="
     events_url: str = "memory://"
     call_timeout: Seconds = 5.0
     drain_timeout: Seconds = 30.0
+    heartbeat: Annotated[float, msgspec.Meta(ge=0)] = 5.0
+    """How often this process tells that it is up; 0 for never."""
+    instance: str = ""
+    """What this process is called among those of its service; without it host and pid."""
+    zone: str = ""
+    advertise_host: str = ""
+    """Where others find this process, in place of 0.0.0.0 or ::; without it the name of the host."""
+    probe_networks: list[str] = msgspec.field(default_factory=lambda: list(PRIVATE_NETWORKS))
+    """Where the registry may connect to see whether an instance answers; not to a cloud's metadata (link-local)."""
+    proto_path: list[str] = []
+    """The .proto files of all services, or folders of them: NestJS's `protoPath`."""
+    grpc_port: Port = 5000
+    """Where a process that only serves gRPC serves all services at once."""
     threads: Annotated[int, msgspec.Meta(ge=1)] = 16
     """How many `def` handlers run at a time."""
     server_middleware: list[str] = []
@@ -62,6 +84,17 @@ def get_settings() -> Settings:
         return msgspec.convert(given, Settings)
     except msgspec.ValidationError as error:
         raise ConfigurationError(f"MICROSERVICES: {error}") from error
+
+
+def address(url: str, **options: Any) -> Address:
+    """Return the address of a URL, with what its transport is told beside it. Raises ConfigurationError."""
+    parsed = transports.parse(url)
+    if parsed.scheme in ("grpc", "grpcs"):
+        settings = get_settings()
+        options |= {"proto_path": settings.proto_path, "cache": str(Path(settings.data_dir, "protos"))}
+    else:
+        options.pop("rpcs", None)
+    return parsed._replace(options={**options, **parsed.options})
 
 
 @cache

@@ -158,7 +158,7 @@ class Handler:
         return f"<Handler {self.name}>"
 
     def convert(self, data: Any) -> Any:
-        """Return the payload as the annotation asks for it; `data` is JSON, or a stream of it. Raises InvalidPayload."""
+        """Return the payload as the annotation asks for it, from JSON or a stream of it. Raises InvalidPayload."""
         if self.takes_stream:
             return self._convert_each(data)
         return self._decode(data if isinstance(data, Raw) else _NULL) if self._arguments else None

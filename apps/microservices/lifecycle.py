@@ -13,14 +13,18 @@ from contextvars import Context
 from enum import StrEnum
 from typing import Any
 
-from .client import clients
-from .conf import get_settings
+from . import transports
+from .client import Client, clients
+from .conf import Settings, get_settings
+from .discovery.registry import Heartbeat, Report
 from .microservice import Microservice, get_microservice, services_here
+from .reports import Reporter
 from .transports.base import Server
 
 logger = logging.getLogger("microservices")
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
+BEATS_KEPT = "1000"
 
 
 class State(StrEnum):
@@ -48,6 +52,11 @@ class Lifecycle:
         # What goes on for as long as the process is ready; started again when it fails.
         self.background: list[Callable[[], Awaitable[None]]] = []
         self._tasks: list[asyncio.Task[None]] = []
+        self.pages: dict[str, str] = {}
+        """Where the process serves HTTP: "http" for the whole of it, "health" for its health pages alone."""
+        self._bus: Client | None = None
+        self._heartbeat: Heartbeat | None = None
+        self._beating: asyncio.Task[None] | None = None
 
     @property
     def ready(self) -> bool:
@@ -79,22 +88,28 @@ class Lifecycle:
         clients.settle(asyncio.get_running_loop())
         self.microservices = [get_microservice(name) for name in services_here()]
         doors: dict[str, Server] = {}
+        open_urls: dict[str, Sequence[str]] = {}
         for microservice in self.microservices:
             for mailbox in microservice.mailboxes:
                 mailbox.application = self.application or mailbox.application
             wanted = microservice.urls if urls is None else urls.get(microservice.name, ())
-            await microservice.listen(wanted if settings.listen or urls is not None else (), doors)
+            opened = open_urls[microservice.name] = wanted if settings.listen or urls is not None else ()
+            await microservice.listen(opened, doors)
             logger.info("%s lives here%s", microservice.name, "" if microservice.servers else ", its doors closed")
         self.state = State.READY
         self.started = True
         await self._announce(True)
         self._tasks = [asyncio.create_task(self._keep(work), context=Context()) for work in self.background]
+        if settings.heartbeat:
+            self._begin_to_beat(settings, open_urls)
 
     async def drain(self) -> None:
         """Take no more messages and finish the running ones within DRAIN_TIMEOUT."""
         self.state = State.DRAINING
         self._end = time.monotonic() + self.grace
         await self._announce(False)
+        if self._heartbeat is not None:
+            await self._heartbeat.tell("draining")
         tasks, self._tasks = self._tasks, []
         for task in tasks:
             task.cancel()
@@ -106,11 +121,38 @@ class Lifecycle:
 
     async def stop(self) -> None:
         """Close all connections to others. Call it after `drain` and after the last HTTP request."""
+        await self._end_the_beat()
         await clients.close()
         for microservice in self.microservices:
             await microservice.finish()
         clients.settle(None)
         self.state = State.STOPPED
+
+    def _begin_to_beat(self, settings: Settings, doors: Mapping[str, Sequence[str]]) -> None:
+        reporter = Reporter(self.pages, doors, time.time() - self.uptime)
+        self._bus = bus = _bus_for_beats(settings)
+
+        async def emit(event: str, report: Report) -> None:
+            await bus.emit(event, report)
+
+        def reports() -> Sequence[Report]:
+            return reporter.reports(self.microservices, draining=self.state is State.DRAINING)
+
+        self._heartbeat = Heartbeat(emit, reports, settings.heartbeat)
+        # Apart from the other background work: a process that drains is alive until it says that it is not.
+        self._beating = asyncio.create_task(self._keep(self._heartbeat.beat), context=Context())
+
+    async def _end_the_beat(self) -> None:
+        beating, self._beating = self._beating, None
+        if beating is not None:
+            beating.cancel()
+            await asyncio.wait([beating])
+        heartbeat, self._heartbeat = self._heartbeat, None
+        if heartbeat is not None:
+            await heartbeat.tell("down")
+        bus, self._bus = self._bus, None
+        if bus is not None:
+            await bus.close()
 
     async def _announce(self, ready: bool) -> None:
         for microservice in self.microservices:
@@ -137,6 +179,18 @@ class Lifecycle:
                 await leave()
         except Exception:  # of one connection: the others have to be told, too
             logger.exception("a connection was not ended properly")
+
+
+def _bus_for_beats(settings: Settings) -> Client:
+    address = transports.parse(settings.events_url)
+    if address.scheme == "memory":
+        return clients.events
+    if address.scheme.endswith("-streams"):
+        # A beat is old news after seconds; those of a day would fill the broker's memory.
+        address = address._replace(options={**address.options, "max_length": BEATS_KEPT})
+    bus = transports.load(address, "bus")
+    # Without middlewares: no log line, no breaker, no retry for what is told again in a moment.
+    return Client("events", lambda: bus(address, "events"), source=settings.name, timeout=settings.call_timeout)
 
 
 lifecycle = Lifecycle()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 
-from . import transports
+from . import conf, transports
 from .conf import get_settings, load
 from .dispatcher import Dispatcher
 from .exceptions import ConfigurationError
@@ -23,11 +23,18 @@ logger = logging.getLogger("microservices")
 class Microservice:
     """A service that lives here: its handlers, and the doors that lead to them."""
 
-    def __init__(self, dispatcher: Dispatcher, urls: Sequence[str], events_url: str = "memory://") -> None:
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        urls: Sequence[str],
+        events_url: str = "memory://",
+        address: Callable[[str], Address] = transports.parse,
+    ) -> None:
         self.name = dispatcher.service
         self.dispatcher = dispatcher
         self.urls = tuple(urls)
         self.events_url = events_url
+        self._address = address
         self.servers: list[Server] = []
 
     async def listen(self, urls: Sequence[str] | None = None, doors: dict[str, Server] | None = None) -> None:
@@ -42,6 +49,7 @@ class Microservice:
         for address, role in self._addresses(self.urls if urls is None else urls):
             if role == "server" and str(address) in doors:
                 await doors[str(address)].join(self.dispatcher)
+                logger.info("%s shares %s", self.name, address)
                 continue
             server: Server = transports.load(address, role)(address, self.dispatcher)
             try:
@@ -71,7 +79,7 @@ class Microservice:
 
     def _addresses(self, urls: Sequence[str]) -> Iterator[tuple[Address, Role]]:
         for url in urls:
-            yield transports.parse(url), "server"
+            yield self._address(url), "server"
         # A server at the bus's own address brings the events along.
         hears = any(self.dispatcher.hears(route) for route in self.dispatcher.routes)
         events = transports.parse(self.events_url)
@@ -108,5 +116,13 @@ def get_microservice(name: str) -> Microservice:
         raise ConfigurationError(f"The service {name!r} does not live in this process (here: {here}).")
     middlewares = [load(path) for path in settings.server_middleware]
     dispatcher = Dispatcher(name, registry.of(name), get_executor(), middlewares)
-    urls = [settings.servers[name].url] if name in settings.servers else []  # an app beside the map only hears events
-    return Microservice(dispatcher, urls, settings.events_url)
+    return Microservice(dispatcher, list(_doors(name, dispatcher)), settings.events_url, conf.address)
+
+
+def _doors(name: str, dispatcher: Dispatcher) -> Iterator[str]:
+    place = get_settings().servers.get(name)
+    if place is None:
+        return  # an app beside the map only hears events
+    yield place.url
+    if place.grpc and dispatcher.methods and transports.parse(place.grpc).port != transports.parse(place.url).port:
+        yield place.grpc

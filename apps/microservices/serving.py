@@ -8,6 +8,8 @@ import gc
 import logging
 import signal
 import socket
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import uvicorn
@@ -65,35 +67,51 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def run(application: Any, host: str, port: int) -> None:
+def run(
+    application: Any,
+    host: str,
+    port: int | None,
+    *,
+    page: str = "http",
+    urls: Mapping[str, Sequence[str]] | None = None,
+) -> None:
     """Serve HTTP and the microservices of this process until SIGTERM or SIGINT, then drain.
 
+    Without a `port` there is no HTTP. `page` is what others find there: "http" for all pages, "health"
+    for those alone. `urls` names, by service, the doors to open in place of the map's.
     Raises ConfigurationError when a port cannot be bound.
     """
-    with bind(host, port) as bound, asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_serve(application, bound))
+    with ExitStack() as stack, asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        bound = None if port is None else stack.enter_context(bind(host, port))
+        if bound is not None:
+            shown = f"[{host}]" if ":" in host else host
+            lifecycle.pages = {page: f"http://{shown}:{bound.getsockname()[1]}"}
+        runner.run(_serve(application, bound, urls))
     if get_executor().busy:
         logger.error("a handler is still at work after DRAIN_TIMEOUT; it is left behind")
         exit_now(1)
 
 
-async def _serve(application: Any, bound: socket.socket) -> None:
-    http = HttpServer(application)
-    serving = asyncio.create_task(http.serve(sockets=[bound]), name="http")
+async def _serve(application: Any, bound: socket.socket | None, urls: Mapping[str, Sequence[str]] | None) -> None:
+    http = None if bound is None else HttpServer(application)
     signalled = asyncio.create_task(until_signalled(), name="signals")
+    working: set[asyncio.Task[Any]] = {signalled}
+    if http is not None:
+        working.add(asyncio.create_task(http.serve(sockets=[bound]), name="http"))
     try:
         # Health is served first, so that probes hear "starting" instead of nothing.
-        await lifecycle.start()
+        await lifecycle.start(urls)
         gc.freeze()  # what start-up has made stays: the collector need not look at it again
-        logger.info("ready, http on %s:%d", *bound.getsockname()[:2])
-        done, _ = await asyncio.wait({serving, signalled}, return_when=asyncio.FIRST_COMPLETED)
+        logger.info("ready%s", "" if bound is None else ", http on {}:{}".format(*bound.getsockname()[:2]))
+        done, _ = await asyncio.wait(working, return_when=asyncio.FIRST_COMPLETED)
         if signalled in done:
             logger.info("%s: draining", signal.Signals(signalled.result()).name)
     finally:
         if lifecycle.state is not State.STOPPED:
             await lifecycle.drain()
-        http.finish(lifecycle.remaining)
-        await serving
+        if http is not None:
+            http.finish(lifecycle.remaining)
+        await asyncio.gather(*(working - {signalled}))
         await lifecycle.stop()
         signalled.cancel()
         logger.info("stopped")

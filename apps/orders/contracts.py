@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from msgspec import Meta, Struct
 
 MAX_PAGE = 100
+MAX_ALL = 1000
 
 # A "$" alone would also match before a last line feed, hence the look-ahead behind it.
 _ONE_LINE = r"^[^\x00-\x1f\x7f]+$(?!\n)"
@@ -92,6 +93,19 @@ class GetOrders(Struct):
     status: Status | None = None
     cursor: str | None = None
     limit: Limit = 50
+
+
+class FindOrders(Struct):
+    """Ask for all orders at once, of a user or in a status."""
+
+    user_id: Id | None = None
+    status: Status | None = None
+
+
+class OrderChanged(Struct):
+    """What of an `order_*` event tells which order it was."""
+
+    id: str
 
 
 class Line(Struct):

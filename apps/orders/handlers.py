@@ -1,10 +1,24 @@
 """The request doors of the orders service."""
 
-from microservices import RpcContext, message_pattern
+from collections.abc import AsyncIterator
+
+from microservices import RpcContext, clients, grpc_method, message_pattern
 
 from . import selectors, services
-from .contracts import CreateOrder, GetOrder, GetOrders, GetProduct, GetProducts, Order, Orders, Product, Products
+from .contracts import (
+    CreateOrder,
+    FindOrders,
+    GetOrder,
+    GetOrders,
+    GetProduct,
+    GetProducts,
+    Order,
+    Orders,
+    Product,
+    Products,
+)
 from .selectors import order_shown, product_shown
+from .watch import FINAL, feed
 
 
 @message_pattern({"cmd": "get_product"}, retry="safe")
@@ -26,6 +40,7 @@ def get_products(data: GetProducts, ctx: RpcContext) -> Products:
 
 # Never repeated: nothing tells a repeat from a second order.
 @message_pattern({"cmd": "create_order"}, retry="never")
+@grpc_method("OrdersService", "CreateOrder")
 def create_order(data: CreateOrder, ctx: RpcContext) -> Order:
     """Place an order and pay for it."""
     order = services.order_place(customer=data.customer, lines=data.lines, payment_token=data.payment_token)
@@ -33,6 +48,7 @@ def create_order(data: CreateOrder, ctx: RpcContext) -> Order:
 
 
 @message_pattern({"cmd": "get_order"}, retry="safe")
+@grpc_method("OrdersService", "FindOne", retry="safe")
 def get_order(data: GetOrder, ctx: RpcContext) -> Order:
     """Return one order."""
     return order_shown(selectors.order_get(order_id=data.id))
@@ -43,3 +59,24 @@ def get_orders(data: GetOrders, ctx: RpcContext) -> Orders:
     """Return a page of orders."""
     page = selectors.order_list(user_id=data.user_id, status=data.status, cursor=data.cursor, limit=data.limit)
     return Orders(orders=[order_shown(order) for order in page.orders], next=page.next)
+
+
+@grpc_method("OrdersService", retry="safe")
+def find_all(data: FindOrders, ctx: RpcContext) -> list[Order]:
+    """Return the orders of a user or in a status, the latest first."""
+    return [order_shown(order) for order in selectors.order_list_all(user_id=data.user_id, status=data.status)]
+
+
+@grpc_method("OrdersService", retry="safe")
+async def watch_order(data: GetOrder, ctx: RpcContext) -> AsyncIterator[Order]:
+    """Tell how an order stands, now and whenever that changes, until nothing can change any more."""
+    version = 0
+    with feed.watching(data.id) as changes:
+        while True:
+            order = await clients["orders"].send({"cmd": "get_order"}, {"id": data.id}, returns=Order)
+            if order.version != version:
+                version = order.version
+                yield order
+            if order.status in FINAL:
+                return
+            await changes.next()

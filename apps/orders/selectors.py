@@ -8,7 +8,7 @@ from django.db.models import QuerySet
 from microservices.ids import cursor_after, id_before, is_id
 
 from . import contracts
-from .contracts import MAX_PAGE
+from .contracts import MAX_ALL, MAX_PAGE
 from .exceptions import InvalidCursor, OrderNotFound, ProductNotFound
 from .models import Order, Product
 
@@ -66,15 +66,16 @@ def order_list(
 ) -> OrderPage:
     """Return a page of orders with their lines, the latest first. Raises InvalidCursor."""
     limit = min(limit, MAX_PAGE)
-    orders = Order.objects.prefetch_related("lines")
-    if user_id is not None:
-        orders = orders.filter(user_id=user_id)
-    if status is not None:
-        orders = orders.filter(status=status)
+    orders = _orders(user_id, status)
     if cursor is not None:
         orders = orders.filter(pk__lt=_read_cursor(cursor))
-    rows = list(orders.order_by("-pk")[: limit + 1])
+    rows = list(orders[: limit + 1])
     return OrderPage(rows[:limit], cursor_after(rows[limit - 1].pk) if len(rows) > limit else None)
+
+
+def order_list_all(*, user_id: str | None = None, status: str | None = None) -> list[Order]:
+    """Return the latest orders with their lines, at most MAX_ALL, the latest first."""
+    return list(_orders(user_id, status)[:MAX_ALL])
 
 
 def products_on_offer() -> QuerySet[Product]:
@@ -132,6 +133,13 @@ def order_shown(order: Order) -> contracts.Order:
         version=order.version,
         created_at=order.created_at,
     )
+
+
+def _orders(user_id: str | None, status: str | None) -> QuerySet[Order]:
+    orders = Order.objects.prefetch_related("lines").order_by("-pk")
+    if user_id is not None:
+        orders = orders.filter(user_id=user_id)
+    return orders if status is None else orders.filter(status=status)
 
 
 def _read_cursor(cursor: str) -> str:

@@ -1,6 +1,6 @@
 """The request doors of the payments service."""
 
-from microservices import RpcContext, message_pattern
+from microservices import RpcContext, grpc_method, message_pattern
 
 from . import selectors, services
 from .contracts import (
@@ -17,6 +17,7 @@ from .selectors import payment_shown
 
 
 @message_pattern({"cmd": "authorize_payment"}, retry="keyed")
+@grpc_method("PaymentsService", "Authorize", retry="keyed")
 def authorize_payment(data: AuthorizePayment, ctx: RpcContext) -> Payment:
     """Hold an amount."""
     payment = services.payment_authorize(
@@ -31,18 +32,21 @@ def authorize_payment(data: AuthorizePayment, ctx: RpcContext) -> Payment:
 
 
 @message_pattern({"cmd": "capture_payment"}, retry="keyed")
+@grpc_method("PaymentsService", "Capture", retry="keyed")
 def capture_payment(data: CapturePayment, ctx: RpcContext) -> Payment:
     """Take a held amount."""
     return payment_shown(services.payment_capture(payment_id=data.id, key=data.idempotency_key))
 
 
 @message_pattern({"cmd": "void_payment"}, retry="keyed")
+@grpc_method("PaymentsService", "Void", retry="keyed")
 def void_payment(data: VoidPayment, ctx: RpcContext) -> Payment:
     """Let a held amount go."""
     return payment_shown(services.payment_void(payment_id=data.id, key=data.idempotency_key))
 
 
 @message_pattern({"cmd": "get_payment"}, retry="safe")
+@grpc_method("PaymentsService", "FindOne", retry="safe")
 def get_payment(data: GetPayment, ctx: RpcContext) -> Payment:
     """Return one payment."""
     return payment_shown(selectors.payment_get(payment_id=data.id))

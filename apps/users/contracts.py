@@ -6,6 +6,7 @@ from typing import Annotated
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 MAX_PAGE = 100
+MAX_ALL = 1000
 
 # A "$" alone would also match before a last line feed, hence the look-ahead behind it.
 Name = Annotated[str, Meta(min_length=1, max_length=100, pattern=r"^(?!\s*$)[^\x00-\x1f\x7f]+$(?!\n)")]
@@ -29,6 +30,10 @@ class GetUsers(Struct):
     search: Search = ""
     cursor: str | None = None
     limit: Limit = 50
+
+
+class Everything(Struct):
+    """Ask for all users at once."""
 
 
 class GetUsersByIds(Struct):

@@ -4,15 +4,16 @@ from typing import TypeVar
 
 from msgspec import UnsetType
 
-from microservices import RpcContext, message_pattern
+from microservices import RpcContext, grpc_method, message_pattern
 
 from . import models, selectors, services
-from .contracts import CreateUser, DeleteUser, GetUser, GetUsers, GetUsersByIds, UpdateUser, User, Users
+from .contracts import CreateUser, DeleteUser, Everything, GetUser, GetUsers, GetUsersByIds, UpdateUser, User, Users
 
 T = TypeVar("T")
 
 
 @message_pattern({"cmd": "get_user"}, retry="safe")
+@grpc_method("UsersService", "FindOne", retry="safe")
 def get_user(data: GetUser, ctx: RpcContext) -> User:
     """Return one user."""
     return _shown(selectors.user_get(user_id=data.id))
@@ -25,6 +26,12 @@ def get_users(data: GetUsers, ctx: RpcContext) -> Users:
     return Users(users=[_shown(user) for user in page.users], next=page.next)
 
 
+@grpc_method("UsersService", retry="safe")
+def find_all(data: Everything, ctx: RpcContext) -> Users:
+    """Return all users, as many as one message may hold."""
+    return Users(users=[_shown(user) for user in selectors.user_list_all()])
+
+
 @message_pattern({"cmd": "get_users_by_ids"}, retry="safe")
 def get_users_by_ids(data: GetUsersByIds, ctx: RpcContext) -> Users:
     """Return several users by their ids."""
@@ -32,6 +39,7 @@ def get_users_by_ids(data: GetUsersByIds, ctx: RpcContext) -> Users:
 
 
 @message_pattern({"cmd": "create_user"}, retry="keyed")
+@grpc_method("UsersService", "CreateUser")
 def create_user(data: CreateUser, ctx: RpcContext) -> User:
     """Register a customer."""
     return _shown(services.user_create(email=data.email, name=data.name, password=data.password))

@@ -7,7 +7,7 @@ from django.db.models import Q, QuerySet
 
 from microservices.ids import cursor_after, id_before, is_id
 
-from .contracts import MAX_PAGE
+from .contracts import MAX_ALL, MAX_PAGE
 from .exceptions import InvalidCursor, UserNotFound
 from .models import Status, User
 
@@ -40,6 +40,11 @@ def user_list(*, search: str = "", cursor: str | None = None, limit: int = 50) -
     rows = list(users.order_by("pk")[: limit + 1])
     page = rows[:limit]
     return Page(page, cursor_after(page[-1].pk) if len(rows) > limit else None)
+
+
+def user_list_all() -> list[User]:
+    """Return the oldest users, at most MAX_ALL."""
+    return list(_present().order_by("pk")[:MAX_ALL])
 
 
 def user_list_by_ids(*, user_ids: Sequence[str]) -> list[User]:

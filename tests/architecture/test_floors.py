@@ -19,6 +19,7 @@ NO_SERVICES = {"microservices", "gateway"}
 
 GROUND = ["exceptions", "packets", "codec"]
 CORE = ["context", "handlers", "middleware", "dispatcher", "executor", "instruments"]
+FOLDERS = ["transports", "discovery", "telemetry"]
 HEAVY = ["django", "rest_framework", "channels", "daphne", "twisted", "uvicorn"]
 
 
@@ -41,7 +42,7 @@ def sources(*folders: Path) -> Iterator[tuple[Path, ast.Module]]:
 
 @pytest.mark.slow
 def test_the_floors_below_the_settings_are_imported_without_django() -> None:
-    names = [f"microservices.{name}" for name in (*GROUND, *CORE, *modules_of("transports"), *modules_of("telemetry"))]
+    names = [f"microservices.{name}" for name in (*GROUND, *CORE, *(m for f in FOLDERS for m in modules_of(f)))]
     script = (
         "import importlib, json, sys\n"
         f"sys.path.insert(0, {str(APPS)!r})\n"

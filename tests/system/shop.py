@@ -108,19 +108,21 @@ class Shop:
     """One shop on ports and databases of its own, in any shape."""
 
     def __init__(self, databases: Path) -> None:
-        self.http_port, *ports = free_ports(1 + 2 * len(SERVICES))
+        self.http_port, self.grpc_port, *ports = free_ports(2 + 3 * len(SERVICES))
         self.url = f"http://127.0.0.1:{self.http_port}"
         self.databases = databases
         self.env = {
             "DEBUG": "1",
             "LOG_FORMAT": "text",
             "HTTP_PORT": str(self.http_port),
+            "GRPC_PORT": str(self.grpc_port),
             "DATA_DIR": str(databases),
             "PYTHONUNBUFFERED": "1",
         }
-        for name, door, health in zip(SERVICES, ports[::2], ports[1::2], strict=True):
+        for name, door, health, grpc in zip(SERVICES, ports[::3], ports[1::3], ports[2::3], strict=True):
             self.env[f"{name.upper()}_URL"] = f"tcp://127.0.0.1:{door}"
             self.env[f"{name.upper()}_HEALTH_PORT"] = str(health)
+            self.env[f"{name.upper()}_GRPC_PORT"] = str(grpc)
         self.users_url = self.env["USERS_URL"]
         self.users_port = int(self.users_url.rpartition(":")[2])
         self.health_port = int(self.env["USERS_HEALTH_PORT"])

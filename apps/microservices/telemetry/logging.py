@@ -22,6 +22,9 @@ from ..packets import pattern_name
 _Line = tuple[float, str, str, str, int, float, str, str, str]
 _MAX_ID = 64
 
+# What is told every few seconds would drown the rest.
+_QUIET = ("instance_up",)
+
 _FIELDS = ("side", "service", "pattern", "status", "ms", "transport", "peer", "id")
 
 
@@ -110,7 +113,7 @@ class CallLog:
 
     def _write(self, line: _Line) -> None:
         at, side, service, pattern, status, ms, transport, peer, id = line
-        level = logging.WARNING if status >= 500 else logging.INFO
+        level = logging.WARNING if status >= 500 else logging.DEBUG if pattern in _QUIET else logging.INFO
         if not self._logger.isEnabledFor(level):
             return
         values = (side, service, pattern_name(pattern), status, round(ms, 1), transport, peer or "-", id)

@@ -21,6 +21,8 @@ class Transport(NamedTuple):
     listener: str = ""
     broker: bool = False
     """Whether the address is a broker's, which all services may share."""
+    extra: str = ""
+    """The extra of the distribution that brings what it needs."""
 
 
 _REDIS = Transport(
@@ -29,19 +31,20 @@ _REDIS = Transport(
     bus="microservices.transports.redis.RedisClient",
     listener="microservices.transports.redis.RedisServer",
     broker=True,
+    extra="redis",
 )
 _STREAMS = Transport(
     bus="microservices.transports.redis_streams.StreamsBus",
     listener="microservices.transports.redis_streams.StreamsListener",
     broker=True,
+    extra="redis",
 )
 _GRPC = Transport(
     server="microservices.transports.grpc.GrpcServer",
     client="microservices.transports.grpc.GrpcClient",
+    extra="grpc",
 )
 SCHEMES = {
-    "grpc": _GRPC,
-    "grpcs": _GRPC,
     "memory": Transport(bus="microservices.transports.local.MemoryBus"),
     "redis": _REDIS,
     "rediss": _REDIS,
@@ -51,6 +54,8 @@ SCHEMES = {
         server="microservices.transports.tcp.TcpServer",
         client="microservices.transports.tcp.TcpClient",
     ),
+    "grpc": _GRPC,
+    "grpcs": _GRPC,
 }
 
 Role = Literal["server", "client", "bus", "listener"]
@@ -103,13 +108,18 @@ def parse(url: str) -> Address:
 
 
 def load(address: Address, role: Role) -> Any:
-    """Import the class that plays `role` for an address. Raises ConfigurationError where there is none."""
-    path: str = getattr(SCHEMES[address.scheme], role)
+    """Import the class that plays `role` for an address. Raises ConfigurationError where that cannot be."""
+    transport = SCHEMES[address.scheme]
+    path: str = getattr(transport, role)
     if not path:
         fit = ", ".join(f"{scheme}://" for scheme, transport in SCHEMES.items() if getattr(transport, role))
         raise ConfigurationError(f"{address.scheme}:// cannot {_ROLES[role]}; use {fit}.")
     module, _, name = path.rpartition(".")
-    return getattr(import_module(module), name)
+    try:
+        return getattr(import_module(module), name)
+    except ImportError as error:
+        needed = f"pip install 'django-hybrid-microservices[{transport.extra}]'"
+        raise ConfigurationError(f"{address.scheme}:// needs {error.name}: {needed}") from error
 
 
 def read_options(shape: type[Any], address: Address) -> Any:

@@ -158,6 +158,8 @@ class GrpcServer(Server):
             *options.channel(),
             ("grpc.so_reuseport", 0),  # with it, a second server on the port would share it in silence
             ("grpc.max_concurrent_streams", options.max_concurrent_streams),
+            # It counts streams that have ended a moment ago, and so refuses callers who keep to the limit.
+            ("grpc.http.overload_protection", 0),
             ("grpc.max_connection_age_ms", int(options.max_connection_age * 1000)),
             ("grpc.max_connection_age_grace_ms", int(options.max_connection_age_grace * 1000)),
             ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
@@ -347,7 +349,8 @@ def to_status(error: RpcException) -> tuple[grpc.StatusCode, str, Metadata]:
     if isinstance(error, NoHandler):
         return Code.UNIMPLEMENTED, details, ()
     if not whole:
-        return (Code.INTERNAL if error.message == INTERNAL else Code.UNKNOWN), details, ()
+        odd = () if isinstance(error.error, str) else _error_object(error.to_wire())
+        return (Code.INTERNAL if error.message == INTERNAL else Code.UNKNOWN), details, odd
     status = _TO_STATUS.get(error.status_code, Code.INTERNAL if error.status_code >= 500 else Code.FAILED_PRECONDITION)
     if error.status_code == 409 and error.code.endswith(("-taken", "-exists")):
         status = Code.ALREADY_EXISTS
@@ -433,13 +436,22 @@ def from_metadata(pairs: Any) -> dict[str, str]:
 class _Running:
     """A call of ours; closing the client ends it with a reason."""
 
-    def __init__(self, call: Any) -> None:
-        self.call = call
-        self.error: RpcException | None = None
+    def __init__(self) -> None:
+        self.call: Any = None
+        self.error: Exception | None = None
 
     def fail(self, error: RpcException) -> None:
         self.error = error
         self.call.cancel()
+
+    async def noting(self, bodies: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """Pass on what is to be sent; grpc itself only cancels a call whose requests fail."""
+        try:
+            async for body in bodies:
+                yield body
+        except Exception as error:
+            self.error = error
+            raise
 
 
 def rpc(files: Protos, rpcs: Mapping[str, str], route: str, service: str) -> Method:
@@ -608,9 +620,9 @@ class GrpcClient(ClientProxy):
     def _begin(self, method: Method, start: Any, data: Any, context: RpcContext) -> _Running:
         self._count += 1
         context.id = id = f"{self._prefix}{self._count:x}"
-        body = _bodies(method, data) if method.client_streaming else _body(method, data)
-        call = start(body, timeout=context.remaining(), metadata=to_metadata(context.metadata, id))
-        running = _Running(call)
+        running = _Running()
+        body = running.noting(_bodies(method, data)) if method.client_streaming else _body(method, data)
+        running.call = start(body, timeout=context.remaining(), metadata=to_metadata(context.metadata, id))
         self._pending[id] = running  # type: ignore[assignment]
         return running
 

@@ -23,7 +23,7 @@ def test_the_handlers_of_every_app_are_found_under_its_label() -> None:
 
     assert "users.handlers.get_user" in names
     assert len(names) == len(set(names))
-    assert registry.services() == ["users", "orders", "payments", "notifications"]
+    assert registry.services() == ["registry", "users", "orders", "payments", "notifications"]
     assert "notifications.consumers.NotificationsConsumer.order_created" in [
         handler.name for handler in registry.of("notifications")
     ]

@@ -136,7 +136,7 @@ def test_settings_that_cannot_be_read_are_e004_and_stop_no_other_check(
         pytest.param(
             {"EVENTS_URL": "carrier-pigeon://roof"},
             "MICROSERVICES EVENTS_URL: Unknown transport 'carrier-pigeon' in 'carrier-pigeon://roof'. "
-            "Known: memory://, redis://, rediss://, redis-streams://, rediss-streams://, tcp://.",
+            "Known: memory://, redis://, rediss://, redis-streams://, rediss-streams://, tcp://, grpc://, grpcs://.",
             id="no scheme at all",
         ),
         pytest.param(
@@ -147,7 +147,7 @@ def test_settings_that_cannot_be_read_are_e004_and_stop_no_other_check(
         ),
         pytest.param(
             {"SERVERS": {"users": {"url": "memory://"}}},
-            "MICROSERVICES SERVERS['users']: memory:// cannot serve a service; use redis://, rediss://, tcp://.",
+            "MICROSERVICES SERVERS['users']: memory:// cannot serve a service; use redis://, rediss://, tcp://, grpc://, grpcs://.",
             id="no server",
         ),
         pytest.param(

@@ -97,7 +97,8 @@ def test_patterns_prints_a_table_of_every_door(capsys: Capture) -> None:
 
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == ["SERVICE", "PATTERN", "KIND", "RETRY", "DEADLINE", "DOORS", "HANDLER"]
-    assert lines[1] == ["users", "get_user", "request", "safe", "5", "s", "tcp", "users.handlers.get_user"]
+    doors = ["tcp,", "grpc", "UsersService/FindOne"]
+    assert lines[1] == ["users", "get_user", "request", "safe", "5", "s", *doors, "users.handlers.get_user"]
 
 
 def test_the_columns_of_patterns_stand_below_their_names(capsys: Capture) -> None:
@@ -161,7 +162,8 @@ def test_patterns_leaves_out_services_that_do_not_live_here(capsys: Capture, ins
 
 def test_patterns_of_an_unknown_service_is_a_wrong_usage_that_names_the_known() -> None:
     with pytest.raises(
-        CommandError, match=r"No service 'user' has handlers here; known: users, orders, payments, notifications\."
+        CommandError,
+        match=r"No service 'user' has handlers here; known: registry, users, orders, payments, notifications\.",
     ) as caught:
         call_command("patterns", "--service", "user")
 

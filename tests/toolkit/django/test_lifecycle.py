@@ -9,9 +9,11 @@ from typing import Any, ClassVar
 import pytest
 from pytest_django import Settings
 
-from microservices import ConfigurationError, clients, message_pattern, transports
+from microservices import ConfigurationError, RpcContext, clients, event_pattern, message_pattern, transports
 from microservices.client import Client
-from microservices.lifecycle import Lifecycle, State
+from microservices.conf import get_settings
+from microservices.discovery.registry import Report
+from microservices.lifecycle import Lifecycle, State, _bus_for_beats
 from microservices.microservice import get_microservice
 from microservices.transports import Transport, parse
 from microservices.transports.base import Server, Status
@@ -232,3 +234,86 @@ async def test_the_uptime_grows() -> None:
     first, second = process.uptime, process.uptime
 
     assert 0 <= first <= second < 10
+
+
+# What it tells of itself
+
+
+@pytest.fixture
+def heard(install: Install, settings: Settings) -> list[tuple[str, str, str]]:
+    """A process that hears its own beats: what came, of whom, in which state."""
+    heard: list[tuple[str, str, str]] = []
+
+    @event_pattern(["instance_up", "instance_draining", "instance_down"])
+    async def note(data: Report, ctx: RpcContext) -> None:
+        heard.append((ctx.pattern, data.service, data.state))
+
+    install(shop=[note])
+    change(settings, NAME="shop", HEARTBEAT=0.001)
+    return heard
+
+
+async def test_a_process_tells_that_it_is_up_that_it_drains_and_that_it_is_down(
+    heard: list[tuple[str, str, str]],
+) -> None:
+    process = Lifecycle()
+
+    await process.start()
+    await until(lambda: len(heard) > 1)
+    await process.drain()
+    await process.stop()
+
+    assert heard[:2] == [("instance_up", "shop", "up")] * 2
+    assert ("instance_draining", "shop", "draining") in heard
+    assert heard[-1] == ("instance_down", "shop", "down")
+
+
+async def test_a_process_that_drains_is_still_alive(heard: list[tuple[str, str, str]]) -> None:
+    process = Lifecycle()
+    beats_while_draining: list[int] = []
+
+    async def leave() -> None:
+        await until(lambda: ("instance_up", "shop", "draining") in heard)
+        beats_while_draining.append(len(heard))
+
+    process.on_drain.add(leave)
+    await process.start()
+    await process.drain()
+    await process.stop()
+
+    assert beats_while_draining
+
+
+async def test_a_process_that_has_stopped_leaves_no_beat_behind(heard: list[tuple[str, str, str]]) -> None:
+    process = Lifecycle()
+    before = asyncio.all_tasks()
+
+    await process.start()
+    beating = asyncio.all_tasks() - before
+    await process.drain()
+    await process.stop()
+
+    assert beating
+    assert asyncio.all_tasks() == before
+
+
+async def test_a_process_without_a_heartbeat_tells_nothing(
+    heard: list[tuple[str, str, str]], settings: Settings
+) -> None:
+    change(settings, HEARTBEAT=0)
+    process = Lifecycle()
+
+    await process.start()
+    await turn()
+    await process.drain()
+    await process.stop()
+
+    assert heard == []
+
+
+async def test_the_streams_of_beats_are_kept_short_and_other_options_stay(settings: Settings) -> None:
+    change(settings, EVENTS_URL="redis-streams://127.0.0.1:1?max_length=5000&connect_timeout=7")
+
+    bus: Any = _bus_for_beats(get_settings())._connect()
+
+    assert (bus.options.max_length, bus.options.connect_timeout) == (1000, 7)

@@ -49,10 +49,15 @@ def catalogue(wanted: str | None = None) -> list[tuple[str, ...]]:
             continue
         scheme = parse(settings.servers[service].url).scheme
         for handler in registry.of(service):
+            methods = [door.route for door in handler.doors if door.kind == "grpc"]
             for door in handler.doors:
-                is_request = door.kind == "request"
+                is_request = door.kind != "event"
                 deadline = f"{door.deadline or settings.call_timeout:g} s" if is_request else "-"
                 retry = door.retry if is_request else "-"
-                doors = scheme if is_request else "bus"
+                doors = ", ".join([scheme, *(f"grpc {method}" for method in methods)]) if is_request else "bus"
+                if door.kind == "grpc":
+                    if any(other.kind == "request" for other in handler.doors):
+                        continue  # told with its pattern
+                    doors = "grpc"
                 rows.append((service, door.name, door.kind, retry, deadline, doors, handler.name))
     return rows

@@ -71,6 +71,8 @@ class Command(BaseCommand):
         for name, service in settings.clients.items():
             address, health = parse(service.url), service.health or 0
             place = f"{address.scheme} :{address.port}"
+            if service.grpc:
+                place += f"  grpc :{parse(service.grpc).port}"
             ready = _Ready(health)
             processes.append(Process(name, manage("runmicroservice", name), env, place, health, ready))
         return [process for process in processes if not wanted or process.name in wanted]

@@ -14,6 +14,7 @@ from . import serve
 class Command(serve.Command):
     """`manage.py runmicroservice users`: NestJS's `createMicroservice`."""
 
+    page = "health"
     help = "Run the named services alone, each with its own database and its own doors."
 
     def add_arguments(self, parser: ArgumentParser) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 from django.core.management.base import BaseCommand, CommandError
 
-from ... import transports
+from ... import conf, transports
 from ...client import Client
 from ...conf import get_settings
 from ...exceptions import ConfigurationError, DeadlineExceeded, RpcException, Unavailable
@@ -95,12 +95,13 @@ async def reach(service: str, timeout: float) -> ClientProxy:
     """Return a connection to a URL, or to a service of the map: by the wire where it answers, else in this process."""
     settings = get_settings()
     if "://" in service:
-        address = transports.parse(service)
+        address = conf.address(service)
         return transports.load(address, "client")(address, address.host)  # type: ignore[no-any-return]
     if service not in settings.clients:
         known = ", ".join(settings.clients) or "none"
         raise ConfigurationError(f"There is no service {service!r}; known: {known}, or give a URL.")
-    address = transports.parse(settings.clients[service].url)
+    place = settings.clients[service]
+    address = conf.address(place.url, rpcs=place.rpcs)
     remote: ClientProxy = transports.load(address, "client")(address, service)
     if service not in settings.servers:
         return remote

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from django.conf import settings
@@ -17,6 +18,7 @@ from ...serving import run
 class Command(BaseCommand):
     """`manage.py serve`: one process, one lifecycle."""
 
+    page = "http"
     help = "Serve HTTP and, with LISTEN on, the doors of the services that live in this process."
 
     def add_arguments(self, parser: ArgumentParser) -> None:
@@ -27,9 +29,9 @@ class Command(BaseCommand):
         port = get_settings().http_port if options["port"] is None else options["port"]
         self.serve(options["host"], port)
 
-    def serve(self, host: str, port: int) -> None:
-        """Run the process until it is told to stop."""
+    def serve(self, host: str, port: int | None, urls: Mapping[str, Sequence[str]] | None = None) -> None:
+        """Run the process until it is told to stop; `urls` are the doors in place of the map's."""
         try:
-            run(import_string(settings.ASGI_APPLICATION), host, port)
+            run(import_string(settings.ASGI_APPLICATION), host, port, page=self.page, urls=urls)
         except ConfigurationError as error:
             raise CommandError(str(error)) from error

@@ -1,0 +1,490 @@
+"""gRPC: the contract, each pattern mapped to an RPC of JSON values, and what only gRPC has."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import msgspec
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from microservices.client import Client
+from microservices.context import RpcContext
+from microservices.dispatcher import Dispatcher
+from microservices.exceptions import ConfigurationError, ConnectionLost, NoHandler, RpcException
+from microservices.handlers import _DOORS, Colour, Handler, doors_of, grpc_method
+from microservices.stubs import GrpcServices
+from microservices.transports import Address, protos
+from microservices.transports.base import ClientProxy, Status
+from microservices.transports.grpc import GrpcClient, GrpcServer, LocalGrpcClient, from_status, to_status
+from tests.toolkit.conftest import service
+from tests.toolkit.transports.contract import PATIENCE, RequestContract
+
+PROTO = """
+syntax = "proto3";
+package shop.v1;
+import "google/protobuf/struct.proto";
+service Shop {
+%s
+}
+"""
+NUMBERS = """
+syntax = "proto3";
+package numbers;
+service Numbers {
+  rpc Square (Number) returns (Number) {}
+  rpc Sum (stream Number) returns (Number) {}
+  rpc Count (Number) returns (stream Number) {}
+  rpc Doubled (stream Number) returns (stream Number) {}
+  rpc Unserved (Number) returns (Number) {}
+}
+message Number { int64 value = 1; }
+"""
+
+
+def doors_opened(functions: Sequence[Callable[..., Any]], folder: Path) -> dict[str, str]:
+    """Give each handler of a pattern an RPC of its own; return the RPC of each pattern."""
+    rpcs, lines = {}, []
+    for number, function in enumerate(functions):
+        routes = [door.route for door in doors_of(function) if door.kind != "grpc"]
+        stream = "stream " if Handler(function).colour is Colour.STREAM else ""
+        lines.append(f"  rpc M{number} (google.protobuf.Value) returns ({stream}google.protobuf.Value) {{}}")
+        function.__dict__[_DOORS] = [door for door in doors_of(function) if door.kind != "grpc"]
+        grpc_method("Shop", f"M{number}")(function)
+        rpcs |= dict.fromkeys(routes, f"Shop/M{number}")
+    (folder / "shop.proto").write_text(PROTO % "\n".join(lines), encoding="utf-8")
+    return rpcs
+
+
+class TestGrpc(RequestContract):
+    nobody = RpcException  # 501: a pattern that is mapped to no RPC never leaves the caller
+    most_ahead = 8000  # the windows of HTTP/2 and the kernel's buffers hold some megabytes
+
+    @pytest.fixture(autouse=True)
+    def _folder(self, tmp_path: Path) -> None:
+        self.folder = tmp_path
+
+    @asynccontextmanager
+    async def talk(self, *functions: Callable[..., Any], **options: Any) -> AsyncIterator[Client]:
+        self.rpcs = doors_opened(functions, self.folder)
+        async with super().talk(*functions, **options) as client:
+            yield client
+
+    async def serve(self, dispatcher: Dispatcher) -> GrpcServer:
+        server = GrpcServer(address(0, self.folder), dispatcher)
+        await server.listen()
+        return server
+
+    def proxy(self, dispatcher: Dispatcher, server: GrpcServer) -> ClientProxy:
+        return GrpcClient(address(server.port, self.folder, rpcs=self.rpcs), "shop")
+
+    def served_as(self, pattern: str) -> str:
+        return self.rpcs[pattern]
+
+
+def address(port: int, protos: Path, **options: Any) -> Address:
+    """Return an address on loopback, with .proto files."""
+    return Address("grpc", "127.0.0.1", port, {"proto_path": [str(protos)], **options})
+
+
+# The handlers of numbers.proto
+
+
+class Number(msgspec.Struct):
+    value: int
+
+
+@grpc_method("Numbers")
+def square(data: Number) -> Number:
+    return Number(data.value**2)
+
+
+@grpc_method("Numbers", "Sum")
+async def add(data: AsyncIterator[Number]) -> Number:
+    return Number(sum([number.value async for number in data]))
+
+
+@grpc_method("Numbers")
+def count(data: Number) -> list[Number]:
+    return [Number(number) for number in range(data.value)]
+
+
+@grpc_method("Numbers")
+async def doubled(data: AsyncIterator[Number]) -> AsyncIterator[Number]:
+    async for number in data:
+        yield Number(number.value * 2)
+
+
+async def stream_of(*numbers: Any) -> AsyncIterator[dict[str, Any]]:
+    for number in numbers:
+        yield {"value": number}
+
+
+@pytest.fixture
+def numbers_proto(tmp_path: Path) -> Path:
+    """A folder with numbers.proto."""
+    (tmp_path / "numbers.proto").write_text(NUMBERS, encoding="utf-8")
+    return tmp_path
+
+
+@asynccontextmanager
+async def serving(folder: Path, *functions: Callable[..., Any], **options: Any) -> AsyncIterator[GrpcServer]:
+    """Serve handlers of numbers.proto."""
+    server = GrpcServer(address(0, folder, **options), service(*functions, name="numbers"))
+    await server.listen()
+    try:
+        async with asyncio.timeout(PATIENCE):
+            yield server
+    finally:
+        await server.close(0)
+
+
+@asynccontextmanager
+async def calling(make: Callable[[], ClientProxy], folder: Path) -> AsyncIterator[Any]:
+    """Give the service of numbers.proto as an object."""
+    client = Client("numbers", make)
+    try:
+        async with asyncio.timeout(PATIENCE):
+            yield GrpcServices(client, protos.load((str(folder),))).service("Numbers")
+    finally:
+        await client.close()
+
+
+async def everything(numbers: Any) -> None:
+    """Call each kind of RPC."""
+    assert await numbers.Square({"value": 7}) == {"value": 49}
+    assert await numbers.square({"value": 7}, returns=Number) == Number(49)
+    assert await numbers.Sum(stream_of(1, 2, 3)) == {"value": 6}
+    assert [answer["value"] async for answer in numbers.Count({"value": 3})] == [0, 1, 2]
+    assert [answer["value"] async for answer in numbers.doubled(stream_of(1, 2))] == [2, 4]
+    with pytest.raises(NoHandler):
+        await numbers.Unserved({"value": 1})
+    with pytest.raises(RpcException) as caught:
+        await numbers.Square({"valeu": 1})
+    assert [error["pointer"] for error in caught.value.errors] == ["/valeu"]
+    with pytest.raises(RpcException, match="str does not fit"):
+        await numbers.Sum(stream_of(1, "two"))
+    with pytest.raises(RpcException, match="takes a stream"):
+        await numbers.Sum({"value": 1})
+
+
+@pytest.mark.asyncio
+async def test_all_kinds_of_calls_reach_a_server(numbers_proto: Path) -> None:
+    async with (
+        serving(numbers_proto, square, add, count, doubled) as server,
+        calling(lambda: GrpcClient(address(server.port, numbers_proto), "numbers"), numbers_proto) as numbers,
+    ):
+        await everything(numbers)
+
+
+@pytest.mark.asyncio
+async def test_all_kinds_of_calls_reach_a_service_of_this_process(numbers_proto: Path) -> None:
+    here = service(square, add, count, doubled, name="numbers")
+    files = protos.load((str(numbers_proto),))
+
+    async with calling(lambda: LocalGrpcClient(here, files), numbers_proto) as numbers:
+        await everything(numbers)
+
+
+@pytest.mark.asyncio
+async def test_a_stream_of_requests_is_answered_while_it_goes_on(numbers_proto: Path) -> None:
+    heard: asyncio.Queue[int] = asyncio.Queue()
+    heard.put_nowait(1)
+
+    async def questions() -> AsyncIterator[dict[str, int]]:
+        while (number := await heard.get()) < 10:
+            yield {"value": number}
+
+    async with (
+        serving(numbers_proto, doubled) as server,
+        calling(lambda: GrpcClient(address(server.port, numbers_proto), "numbers"), numbers_proto) as numbers,
+    ):
+        answers = []
+        async for answer in numbers.Doubled(questions()):
+            answers.append(answer["value"])
+            heard.put_nowait(answer["value"] * 2)
+
+    assert answers == [2, 8]
+
+
+@pytest.mark.asyncio
+async def test_a_request_that_is_no_message_is_refused_alone(numbers_proto: Path) -> None:
+    async with (
+        serving(numbers_proto, square) as server,
+        grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel,
+    ):
+        call = channel.unary_unary("/numbers.Numbers/Square")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call(b"\xff\xff\xff")
+        answer = await call(b"\x08\x03")
+
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert answer == b"\x08\x09"
+
+
+@pytest.mark.asyncio
+async def test_a_message_over_the_limit_is_refused_alone(numbers_proto: Path) -> None:
+    async with (
+        serving(numbers_proto, square, max_message_length=100) as server,
+        grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel,
+    ):
+        call = channel.unary_unary("/numbers.Numbers/Square")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call(b"\x12" + b"\x64" + b"x" * 100)
+        answer = await call(b"\x08\x03")
+
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert answer == b"\x08\x09"
+
+
+@pytest.mark.asyncio
+async def test_health_follows_what_is_announced(numbers_proto: Path) -> None:
+    async with (
+        serving(numbers_proto, square) as server,
+        grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel,
+    ):
+        stub = health_pb2_grpc.HealthStub(channel)
+        said = []
+        for ready in (None, True, False):
+            if ready is not None:
+                await server.announce(ready)
+            for name in ("", "numbers.Numbers"):
+                said.append((await stub.Check(health_pb2.HealthCheckRequest(service=name))).status)
+
+    assert said == [2, 2, 1, 1, 2, 2]
+
+
+@pytest.mark.asyncio
+async def test_several_services_of_a_process_share_a_port(numbers_proto: Path) -> None:
+    async with (
+        serving(numbers_proto, square) as server,
+        calling(lambda: GrpcClient(address(server.port, numbers_proto), "numbers"), numbers_proto) as numbers,
+    ):
+        await server.join(service(add, name="more"))
+
+        assert await numbers.Square({"value": 2}) == {"value": 4}
+        assert await numbers.Sum(stream_of(1, 2)) == {"value": 3}
+
+
+@pytest.mark.asyncio
+async def test_a_taken_port_is_an_error(numbers_proto: Path) -> None:
+    async with serving(numbers_proto, square) as server:
+        second = GrpcServer(address(server.port, numbers_proto), service(square))
+
+        with pytest.raises(OSError, match="taken"):
+            await second.listen()
+
+
+@pytest.mark.asyncio
+async def test_a_server_that_goes_fails_its_calls_and_is_found_again(numbers_proto: Path) -> None:
+    started = asyncio.Event()
+
+    @grpc_method("Numbers", "Square")
+    async def never(data: Number) -> Number:
+        started.set()
+        await asyncio.Event().wait()
+        return data
+
+    async with serving(numbers_proto, never) as server:
+        port = server.port
+        proxy = GrpcClient(address(port, numbers_proto), "numbers")
+        client = Client("numbers", lambda: proxy)
+        waiting = asyncio.create_task(client.send("Numbers/Square", {"value": 1}))
+        await started.wait()
+    with pytest.raises(RpcException) as lost:
+        await waiting
+    with pytest.raises(RpcException) as gone:
+        await client.send("Numbers/Square", {"value": 1})
+    assert proxy.status is Status.DISCONNECTED
+    server = GrpcServer(address(port, numbers_proto), service(square, name="numbers"))
+    await server.listen()
+    try:
+        async with asyncio.timeout(PATIENCE):
+            answer = None
+            while answer is None:
+                try:
+                    answer = await client.send("Numbers/Square", {"value": 3})
+                except RpcException as error:
+                    assert error.status_code == 503  # noqa: PT017 - until its next attempt to connect
+                    await asyncio.sleep(0.02)
+    finally:
+        await client.close()
+        await server.close(0)
+
+    assert isinstance(lost.value, ConnectionLost) or lost.value.status_code in (499, 503)
+    assert gone.value.status_code == 503
+    assert answer == {"value": 9}
+
+
+@pytest.mark.asyncio
+async def test_what_is_no_ascii_travels_in_metadata_both_ways_known_to_grpc(numbers_proto: Path) -> None:
+    seen: dict[str, str] = {}
+
+    @grpc_method("Numbers", "Square")
+    async def tell(data: Number, ctx: RpcContext) -> Number:
+        seen.update(ctx.metadata)
+        ctx.native.set_trailing_metadata((("cost", "7"),))
+        return data
+
+    async with serving(numbers_proto, tell) as server, grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        call = channel.unary_unary("/numbers.Numbers/Square")(
+            b"\x08\x03", metadata=(("trace-id", "a"), ("name-bin", "é".encode()), ("odd-bin", b"\xff"))
+        )
+        await call
+        trailing = dict(await call.trailing_metadata())
+
+    assert seen == {"trace-id": "a", "name": "é"}
+    assert trailing["cost"] == "7"
+
+
+@pytest.mark.asyncio
+async def test_a_name_that_metadata_cannot_have_fails_its_caller(numbers_proto: Path) -> None:
+    async with (
+        serving(numbers_proto, square) as server,
+        calling(lambda: GrpcClient(address(server.port, numbers_proto), "numbers"), numbers_proto) as numbers,
+    ):
+        with pytest.raises(RpcException, match="no name"):
+            await numbers.Square({"value": 1}, metadata={"tr ace": "1"})
+        assert await numbers.Square({"value": 1}, metadata={"Trace-Id": "1"}) == {"value": 1}
+
+
+@pytest.mark.asyncio
+async def test_the_deadline_of_any_client_reaches_the_handler(numbers_proto: Path) -> None:
+    left: list[float | None] = []
+    cancelled = asyncio.Event()
+
+    @grpc_method("Numbers", "Square")
+    async def slow(data: Number, ctx: RpcContext) -> Number:
+        left.append(ctx.remaining())
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+        return data
+
+    async with serving(numbers_proto, slow) as server, grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await channel.unary_unary("/numbers.Numbers/Square")(b"", timeout=0.1)
+        await cancelled.wait()
+
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert left[0] is not None
+    assert 0 < left[0] <= 0.1
+
+
+@pytest.mark.asyncio
+async def test_a_caller_who_cancels_ends_the_handler(numbers_proto: Path) -> None:
+    started, cancelled = asyncio.Event(), asyncio.Event()
+
+    @grpc_method("Numbers", "Square")
+    async def slow(data: Number) -> Number:
+        started.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+        return data
+
+    async with (
+        serving(numbers_proto, slow) as server,
+        calling(lambda: GrpcClient(address(server.port, numbers_proto), "numbers"), numbers_proto) as numbers,
+    ):
+        call = asyncio.create_task(numbers.Square({"value": 1}))
+        await started.wait()
+        call.cancel()
+        await cancelled.wait()
+
+
+@pytest.mark.asyncio
+async def test_a_pattern_without_an_rpc_is_told_what_there_is(numbers_proto: Path) -> None:
+    proxy = GrpcClient(address(1, numbers_proto, rpcs={"square": "Numbers/Square"}), "numbers")
+    client = Client("numbers", lambda: proxy)
+
+    with pytest.raises(RpcException, match="get_cube is no RPC of numbers: its `rpcs` map square") as caught:
+        await client.send({"cmd": "get_cube"}, 3)
+    await client.close()
+
+    assert caught.value.status_code == 501
+
+
+def test_handlers_and_rpcs_that_stream_differently_are_refused(numbers_proto: Path) -> None:
+    @grpc_method("Numbers", "Sum")
+    def one(data: Number) -> Number:
+        return data
+
+    @grpc_method("Numbers", "Square")
+    async def many(data: Number) -> AsyncIterator[Number]:
+        yield data
+
+    for function, complaint in ((one, "a stream of requests"), (many, "has one answer")):
+        server = GrpcServer(address(0, numbers_proto), service(function))
+        with pytest.raises(ConfigurationError, match=complaint):
+            asyncio.run(server.join(server.dispatcher))
+
+
+def test_a_method_that_no_file_declares_is_refused(numbers_proto: Path) -> None:
+    @grpc_method("Numbers", "Cube")
+    def cube(data: Number) -> Number:
+        return data
+
+    server = GrpcServer(address(0, numbers_proto), service(cube))
+
+    with pytest.raises(ConfigurationError, match="no RPC 'Cube'; it has Square, Sum"):
+        asyncio.run(server.join(server.dispatcher))
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "details"),
+    [
+        ("boom", grpc.StatusCode.UNKNOWN, "boom"),
+        ({"code": 5, "message": "nf"}, grpc.StatusCode.NOT_FOUND, "nf"),
+        ({"code": 3, "message": "m", "details": "d"}, grpc.StatusCode.INVALID_ARGUMENT, "d"),
+        ({"statusCode": 402, "code": "declined", "message": "no"}, grpc.StatusCode.FAILED_PRECONDITION, "no"),
+        ({"statusCode": 409, "code": "email-taken", "message": "no"}, grpc.StatusCode.ALREADY_EXISTS, "no"),
+        ({"statusCode": 404, "code": "x", "message": "é"}, grpc.StatusCode.NOT_FOUND, "é"),
+        ({"statusCode": 503, "code": "x", "message": "m"}, grpc.StatusCode.UNAVAILABLE, "m"),
+        ({"statusCode": 418, "code": "x", "message": "m"}, grpc.StatusCode.FAILED_PRECONDITION, "m"),
+        ("Internal server error", grpc.StatusCode.INTERNAL, "Internal server error"),
+    ],
+)
+def test_an_error_has_a_status_and_comes_back_whole(error: Any, code: grpc.StatusCode, details: str) -> None:
+    status, told, trailing = to_status(RpcException(error))
+    back = from_status(failed(status, told, trailing), "shop")
+
+    assert (status, told) == (code, details)
+    assert back.error == error
+
+
+def test_an_error_too_large_for_metadata_keeps_its_status_and_its_word() -> None:
+    error = {"statusCode": 409, "code": "odd", "message": "m", "errors": [{"pointer": "/x", "message": "y" * 5000}]}
+
+    status, told, trailing = to_status(RpcException(error))
+    back = from_status(failed(status, told, trailing), "shop")
+
+    assert back.error == {"statusCode": 409, "code": "odd", "message": "m"}
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [
+        (grpc.StatusCode.INVALID_ARGUMENT, 400),
+        (grpc.StatusCode.NOT_FOUND, 404),
+        (grpc.StatusCode.ABORTED, 409),
+        (grpc.StatusCode.UNIMPLEMENTED, 502),
+        (grpc.StatusCode.UNAVAILABLE, 503),
+        (grpc.StatusCode.DEADLINE_EXCEEDED, 504),
+        (grpc.StatusCode.CANCELLED, 499),
+        (grpc.StatusCode.UNKNOWN, 500),
+        (grpc.StatusCode.DATA_LOSS, 500),
+    ],
+)
+def test_a_foreign_status_has_a_status_code(code: grpc.StatusCode, status: int) -> None:
+    assert from_status(failed(code, "text", ()), "shop").status_code == status
+
+
+def failed(code: grpc.StatusCode, details: str, trailing: Any) -> grpc.aio.AioRpcError:
+    """Return what a client is told of a call."""
+    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(*trailing), details)
