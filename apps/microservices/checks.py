@@ -10,10 +10,11 @@ from typing import Any
 from django.apps import AppConfig, apps
 from django.core import checks
 
-from . import transports
-from .conf import Settings, get_settings
+from . import stubs, transports
+from .conf import Service, Settings, get_settings
 from .exceptions import ConfigurationError
 from .handlers import registry
+from .transports import Address
 
 
 @checks.register("microservices")
@@ -72,12 +73,46 @@ def check_patterns(**_: Any) -> list[checks.CheckMessage]:
         owners: dict[str, str] = {}
         for handler in registry.of(service):
             for door in handler.doors:
-                if door.kind != "request":
+                if door.kind == "event":
                     continue
                 other = owners.setdefault(door.route, handler.name)
                 if other != handler.name:
                     text = f"{other} and {handler.name} both answer {door.route}."
                     errors.append(checks.Error(text, id="microservices.E003"))
+    return errors
+
+
+@checks.register("microservices")
+def check_rpcs(**_: Any) -> list[checks.CheckMessage]:
+    """E009: every gRPC method, and every RPC that a client's patterns are mapped to, is in a .proto file, and fits."""
+    try:
+        settings = get_settings()
+    except ConfigurationError:
+        return []  # E004 tells
+    doors = [
+        (h, door) for name in settings.servers for h in registry.of(name) for door in h.doors if door.kind == "grpc"
+    ]
+    called = {name: place for name, place in settings.clients.items() if place.url.startswith("grpc")}
+    mapped = [(name, path) for name, place in called.items() for path in place.rpcs.values()]
+    if not doors and not mapped:
+        return []
+    try:
+        from .transports.grpc import check
+
+        files = stubs.proto_files()
+    except (ConfigurationError, ImportError) as error:
+        return [checks.Error(str(error), id="microservices.E009")]
+    errors: list[checks.CheckMessage] = []
+    for handler, door in doors:
+        try:
+            check(handler, files.method(door.route))
+        except ConfigurationError as error:
+            errors.append(checks.Error(f"{handler.name}: {error}", id="microservices.E009"))
+    for name, path in mapped:
+        try:
+            files.method(path)
+        except ConfigurationError as error:
+            errors.append(checks.Error(f"MICROSERVICES CLIENTS[{name!r}] rpcs: {error}", id="microservices.E009"))
     return errors
 
 
@@ -109,6 +144,12 @@ def _bad_urls(settings: Settings) -> Iterator[checks.CheckMessage]:
     named: list[tuple[str, str, transports.Role]] = [("EVENTS_URL", settings.events_url, "bus")]
     named += [(f"CLIENTS[{name!r}]", service.url, "client") for name, service in settings.clients.items()]
     named += [(f"SERVERS[{name!r}]", service.url, "server") for name, service in settings.servers.items()]
+    named += [
+        (f"CLIENTS[{name!r}] grpc", place.grpc, "client") for name, place in settings.clients.items() if place.grpc
+    ]
+    named += [
+        (f"SERVERS[{name!r}] grpc", place.grpc, "server") for name, place in settings.servers.items() if place.grpc
+    ]
     for where, url, role in named:
         try:
             transports.load(transports.parse(url), role)
@@ -119,22 +160,34 @@ def _bad_urls(settings: Settings) -> Iterator[checks.CheckMessage]:
 def _ports_used_twice(settings: Settings) -> Iterator[checks.CheckMessage]:
     owners: dict[tuple[str, int], str] = {("127.0.0.1", settings.http_port): "HTTP_PORT"}
     for name, service in {**settings.clients, **settings.servers}.items():
-        for address in _addresses(service.url):
-            door = 0 if transports.SCHEMES[address.scheme].broker else address.port
-            for port in filter(None, (door, service.health)):
-                # Services on hosts of their own, as containers are, may well use the same port.
-                other = owners.setdefault((address.host, port), name)
-                if other != name:
-                    text = f"{other} and {name} both use {address.host}:{port}."
-                    yield checks.Error(text, id="microservices.E007")
-            if door and door == service.health:
-                text = f"{name} uses {address.host}:{address.port} twice."
+        own: set[tuple[str, int]] = set()
+        for door in _ports(service):
+            # Services on hosts of their own, as containers are, may well use the same port.
+            other = owners.setdefault(door, name)
+            if other != name:
+                text = f"{other} and {name} both use {door[0]}:{door[1]}."
                 yield checks.Error(text, id="microservices.E007")
+            elif door in own:
+                text = f"{name} uses {door[0]}:{door[1]} twice."
+                yield checks.Error(text, id="microservices.E007")
+            own.add(door)
 
 
-def _addresses(url: str) -> Iterator[Any]:
+def _ports(service: Service) -> Iterator[tuple[str, int]]:
+    # The address may itself be that of the gRPC methods: one door, told twice.
+    for address in {
+        str(address): address for url in (service.url, service.grpc) for address in _addresses(url)
+    }.values():
+        if not transports.SCHEMES[address.scheme].broker and address.port:
+            yield address.host, address.port
+    if service.health:
+        yield next((address.host for address in _addresses(service.url)), ""), service.health
+
+
+def _addresses(url: str) -> Iterator[Address]:
     try:
-        yield transports.parse(url)
+        if url:
+            yield transports.parse(url)
     except ConfigurationError:
         return  # E006 tells
 

@@ -1,14 +1,16 @@
-"""The pages /livez, /readyz and /health, on django-health-check."""
+"""The pages /livez, /readyz, /startupz and /health, on django-health-check."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
 import datetime
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
 from django.db import connections
+from django.db.migrations.executor import MigrationExecutor
 from django.http import HttpRequest, JsonResponse
 from django.urls import URLPattern, path
 from health_check import HealthCheck
@@ -20,6 +22,7 @@ from .context import RpcContext
 from .db import fresh_connections
 from .executor import Executor
 from .lifecycle import lifecycle
+from .microservice import Microservice
 from .transports.base import Status
 
 
@@ -50,6 +53,49 @@ class Doors(HealthCheck):
 
 
 @dataclasses.dataclass(repr=False)
+class HasStarted(HealthCheck):
+    """The process has once been ready."""
+
+    def __repr__(self) -> str:
+        return "start"
+
+    async def run(self) -> None:
+        if not lifecycle.started:
+            raise ServiceUnavailable(str(lifecycle.state))
+
+
+@dataclasses.dataclass(repr=False)
+class Brokers(HealthCheck):
+    """The brokers are there; one that is away is told, and makes nobody unready."""
+
+    def __repr__(self) -> str:
+        return "brokers"
+
+    async def run(self) -> None:
+        away = [
+            f"{microservice.name} {server.address}: {server.status}"
+            for microservice in lifecycle.microservices
+            for server in microservice.servers
+            if not server.opens_port and server.status is not Status.CONNECTED
+        ]
+        if away:
+            raise ServiceWarning("; ".join(away))
+
+
+@dataclasses.dataclass(repr=False)
+class Migrated(HealthCheck):
+    """The tables of a service are those that its code knows."""
+
+    alias: str
+
+    def __repr__(self) -> str:
+        return f"migrations {self.alias}"
+
+    async def run(self) -> None:
+        await _ask_database(self.alias, partial(_check_migrations, self.alias), self.timeout.total_seconds())
+
+
+@dataclasses.dataclass(repr=False)
 class ServiceDatabase(HealthCheck):
     """A handler's thread can use the database of its service."""
 
@@ -59,18 +105,14 @@ class ServiceDatabase(HealthCheck):
         return f"database {self.alias}"
 
     async def run(self) -> None:
-        context = RpcContext(service=self.alias, pattern="health", transport="local", side="server")
-        context.cap_deadline(self.timeout.total_seconds())
-        try:
-            await _probing().run(partial(_select_one, self.alias), context)
-        except Exception as error:
-            raise ServiceUnavailable(f"not usable: {type(error).__name__}") from error
+        await _ask_database(self.alias, partial(_select_one, self.alias), self.timeout.total_seconds())
 
 
 class HealthView(HealthCheckView):
     """Answers in JSON what @nestjs/terminus answers: 200, or 503 when a check fails."""
 
     http_method_names = ["get", "head", "options"]  # noqa: RUF012 - Django declares it so
+    tells_services = False
 
     async def get(self, request: HttpRequest, *args: Any, **kwargs: Any) -> JsonResponse:
         """Run the checks of this page together."""
@@ -85,6 +127,8 @@ class HealthView(HealthCheckView):
             "uptime": round(lifecycle.uptime, 3),
             "details": details,
         }
+        if self.tells_services:
+            body["services"] = [_service(microservice) for microservice in lifecycle.microservices]
         return JsonResponse(body, status=503 if failed else 200)
 
 
@@ -94,10 +138,13 @@ def health_urls() -> list[URLPattern]:
     # would empty the whole fleet.
     databases = [(ServiceDatabase, {"alias": alias}) for alias in connections if _is_used(alias)]
     checks: list[Any] = [Started, Doors, *databases]
+    migrated = [(Migrated, {"alias": alias}) for alias in connections if _is_used(alias)]
+    whole = HealthView.as_view(checks=[*checks, Brokers], tells_services=True)
     return [
         path("livez", HealthView.as_view(checks=[]), name="livez"),
         path("readyz", HealthView.as_view(checks=checks), name="readyz"),
-        path("health", HealthView.as_view(checks=checks), name="health"),
+        path("startupz", HealthView.as_view(checks=[HasStarted, *migrated]), name="startupz"),
+        path("health", whole, name="health"),
     ]
 
 
@@ -105,6 +152,31 @@ def _detail(error: Exception | None) -> dict[str, str]:
     if error is None:
         return {"status": "up"}
     return {"status": "up" if isinstance(error, ServiceWarning) else "down", "message": str(error)}
+
+
+def _service(microservice: Microservice) -> dict[str, Any]:
+    servers = {str(server.address): str(server.status) for server in microservice.servers}
+    return {"name": microservice.name, "transports": servers}
+
+
+async def _ask_database(alias: str, ask: Callable[[], None], seconds: float) -> None:
+    context = RpcContext(service=alias, pattern="health", transport="local", side="server")
+    context.cap_deadline(seconds)
+    try:
+        await _probing().run(ask, context)
+    except ServiceUnavailable:
+        raise
+    except Exception as error:
+        raise ServiceUnavailable(f"not usable: {type(error).__name__}") from error
+
+
+def _check_migrations(alias: str) -> None:
+    if alias in _migrated:
+        return
+    executor = MigrationExecutor(connections[alias])
+    if plan := executor.migration_plan(executor.loader.graph.leaf_nodes()):
+        raise ServiceUnavailable(f"{len(plan)} migrations are not applied")
+    _migrated.add(alias)
 
 
 def _is_used(alias: str) -> bool:
@@ -115,6 +187,10 @@ def _is_used(alias: str) -> bool:
 def _probing() -> Executor:
     # A thread of its own: handlers that keep the pool busy must not make the process unready.
     return Executor(1, limit=10, units_of_work=[fresh_connections])
+
+
+# A schema that was right at the start stays so: a probe each second must not read all migrations again.
+_migrated: set[str] = set()
 
 
 def _select_one(alias: str) -> None:

@@ -93,7 +93,9 @@ class Lifecycle:
             for mailbox in microservice.mailboxes:
                 mailbox.application = self.application or mailbox.application
             wanted = microservice.urls if urls is None else urls.get(microservice.name, ())
-            opened = open_urls[microservice.name] = wanted if settings.listen or urls is not None else ()
+            opened = wanted if settings.listen or urls is not None else ()
+            if urls is None or microservice.name in urls:
+                open_urls[microservice.name] = opened
             await microservice.listen(opened, doors)
             logger.info("%s lives here%s", microservice.name, "" if microservice.servers else ", its doors closed")
         self.state = State.READY

@@ -20,7 +20,7 @@ _ANYWHERE = ("", "0.0.0.0", "::")  # noqa: S104 - to be replaced by where others
 class Reporter:
     """Builds the reports of a process whose pages are at `pages` ("http" or "health" to a URL).
 
-    `doors` holds, by service, the URLs whose doors are open.
+    `doors` holds, by service that is served here, the URLs whose doors are open.
     """
 
     def __init__(self, pages: Mapping[str, str], doors: Mapping[str, Sequence[str]], started_at: float) -> None:
@@ -43,7 +43,7 @@ class Reporter:
                 _patterns(microservice),
             )
             for microservice in microservices
-            if microservice.name in settings.servers
+            if microservice.name in settings.servers and microservice.name in self._doors
         ]
         if settings.name not in settings.servers:
             kind = "http" if "http" in self._pages else "health"

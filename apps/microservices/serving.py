@@ -93,10 +93,11 @@ def run(
 
 
 async def _serve(application: Any, bound: socket.socket | None, urls: Mapping[str, Sequence[str]] | None) -> None:
-    http = None if bound is None else HttpServer(application)
+    http = None
     signalled = asyncio.create_task(until_signalled(), name="signals")
     working: set[asyncio.Task[Any]] = {signalled}
-    if http is not None:
+    if bound is not None:
+        http = HttpServer(application)
         working.add(asyncio.create_task(http.serve(sockets=[bound]), name="http"))
     try:
         # Health is served first, so that probes hear "starting" instead of nothing.

@@ -1,6 +1,6 @@
 """The fleet in the admin: to look at, and to ask an instance how it is."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
@@ -81,7 +81,7 @@ class InstanceInline(Reported, admin.TabularInline):  # type: ignore[type-arg]  
     @admin.display(description="addresses")
     def where(self, instance: Instance) -> SafeString:
         """Return one address a line."""
-        return lines(instance.addresses.values())
+        return places(instance.addresses)
 
     @admin.display(description="last heartbeat")
     def beat(self, instance: Instance) -> SafeString:
@@ -174,9 +174,9 @@ class InstanceAdmin(Reported, admin.ModelAdmin):  # type: ignore[type-arg]
     @admin.display(description="addresses")
     def where(self, instance: Instance) -> SafeString:
         """Return one address a line."""
-        return lines(instance.addresses.values())
+        return places(instance.addresses)
 
-    @admin.display(description="last heartbeat", ordering="last_heartbeat")
+    @admin.display(description="heartbeat", ordering="last_heartbeat")
     def beat(self, instance: Instance) -> SafeString:
         """Return how long ago it was heard."""
         return ago(instance.last_heartbeat)
@@ -217,11 +217,16 @@ class PatternAdmin(Reported, admin.ModelAdmin):  # type: ignore[type-arg]
 class JournalEntryAdmin(Reported, admin.ModelAdmin):  # type: ignore[type-arg]
     """What happened in the fleet."""
 
-    list_display = ("at", "what", "service", "instance", "text")
+    list_display = ("when", "what", "service", "instance", "text")
     list_filter = ("kind", "service")
     search_fields = ("service", "instance", "text")
     date_hierarchy = "at"
     show_full_result_count = False
+
+    @admin.display(description="at", ordering="at")
+    def when(self, entry: JournalEntry) -> str:
+        """Return the time to the second."""
+        return f"{timezone.localtime(entry.at):%Y-%m-%d %H:%M:%S}"
 
     @admin.display(description="kind", ordering="kind")
     def what(self, entry: JournalEntry) -> SafeString:
@@ -252,11 +257,11 @@ def state_and_reason(instance: Instance) -> SafeString:
     return format_html('{}<div class="registry-reason">{}</div>', badge(instance.state), instance.reason)
 
 
-def lines(texts: Iterable[str]) -> SafeString:
-    """Return one text a line."""
-    return format_html_join(SafeString("<br>"), '<span class="registry-address">{}</span>', ((t,) for t in texts)) or (
-        SafeString("-")
-    )
+def places(addresses: Mapping[str, str]) -> SafeString:
+    """Return one address a line: what it is for, host and port."""
+    shown = ((url, kind, url.partition("://")[2]) for kind, url in sorted(addresses.items()))
+    line = '<div class="registry-address" title="{}"><span class="registry-muted">{}</span> {}</div>'
+    return format_html_join("", line, shown) or SafeString("-")
 
 
 def ago(at: datetime) -> SafeString:

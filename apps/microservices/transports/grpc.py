@@ -185,11 +185,11 @@ class GrpcServer(Server):
         reflection.enable_server_reflection([*self._services, *own], server, self._protos.pool)
 
 
-class _Router(grpc.GenericRpcHandler):  # type: ignore[misc]
+class _Router(grpc.GenericRpcHandler):
     """Finds what answers a path; a service may join while the server runs."""
 
     def __init__(self) -> None:
-        self._handlers: dict[str, grpc.RpcMethodHandler] = {}
+        self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
 
     def add(self, method: Method, endpoint: _Endpoint) -> None:
         kinds = {
@@ -200,7 +200,7 @@ class _Router(grpc.GenericRpcHandler):  # type: ignore[misc]
         }
         self._handlers[method.path] = kinds[method.client_streaming, method.server_streaming](endpoint.serve)
 
-    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
         return self._handlers.get(handler_call_details.method)
 
 
@@ -221,7 +221,7 @@ class _Endpoint:
         except RpcException as error:
             answer.error = error
         else:
-            packet = Packet(data=data, metadata=_told(native), id=_id(native))  # type: ignore[arg-type]
+            packet = Packet(data=data, metadata=_told(native), id=_id(native))
             task = self._server.keep(
                 self._dispatcher.dispatch(
                     packet, answer.take, transport="grpc", peer=_peer(native), route=self._route, native=native

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from base64 import b64decode
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
@@ -69,8 +70,9 @@ class Protos:
 
     def method(self, path: str) -> Method:
         """Return the RPC that `Service/Method` names. Raises ConfigurationError where there is none."""
-        service, _, name = path.strip("/").rpartition("/")
-        methods = self.services[self.service(service)]
+        given, _, name = path.strip("/").rpartition("/")
+        service = self.service(given)
+        methods = self.services[service]
         if name not in methods:
             raise ConfigurationError(f"{service} has no RPC {name!r}; it has {', '.join(methods) or 'none'}.")
         return methods[name]
@@ -200,6 +202,8 @@ class Shape:
             return shape.read, shape.write
         if field.enum_type is not None:
             return _enum(field.enum_type)
+        if field.type == FieldDescriptor.TYPE_BYTES:
+            return _as_is, _bytes
         return _as_is, _as_is
 
     def _plan_map(self, entry: Descriptor) -> tuple[Any, Any]:
@@ -226,6 +230,11 @@ class Shape:
 
 def _as_is(value: Any, _: bool) -> Any:
     return value
+
+
+def _bytes(value: Any, _: bool) -> Any:
+    # JSON has no bytes, so those who come from there write them in base64.
+    return b64decode(value, validate=True) if isinstance(value, str) else value
 
 
 def _each(values: Any, write: Any, strict: bool) -> list[Any]:

@@ -9,8 +9,15 @@ import pytest
 from django.core import checks
 from pytest_django import Settings
 
-from microservices import event_pattern, message_pattern
-from microservices.checks import check_connections, check_imports, check_patterns, check_relations, check_settings
+from microservices import event_pattern, grpc_method, message_pattern
+from microservices.checks import (
+    check_connections,
+    check_imports,
+    check_patterns,
+    check_relations,
+    check_rpcs,
+    check_settings,
+)
 
 Install = Callable[..., None]
 Package = Callable[..., str]
@@ -147,7 +154,8 @@ def test_settings_that_cannot_be_read_are_e004_and_stop_no_other_check(
         ),
         pytest.param(
             {"SERVERS": {"users": {"url": "memory://"}}},
-            "MICROSERVICES SERVERS['users']: memory:// cannot serve a service; use redis://, rediss://, tcp://, grpc://, grpcs://.",
+            "MICROSERVICES SERVERS['users']: memory:// cannot serve a service; "
+            "use redis://, rediss://, tcp://, grpc://, grpcs://.",
             id="no server",
         ),
         pytest.param(
@@ -191,12 +199,54 @@ def test_an_address_that_cannot_be_used_is_e006(settings: Settings, given: dict[
             "users uses 127.0.0.1:3001 twice.",
             id="one service's own two",
         ),
+        pytest.param(
+            {"users": {**USERS, "grpc": "grpc://127.0.0.1:5000"}, "orders": {"url": "tcp://127.0.0.1:5000"}},
+            "users and orders both use 127.0.0.1:5000.",
+            id="a door and a gRPC port",
+        ),
     ],
 )
 def test_a_port_that_is_used_twice_is_e007(settings: Settings, services: dict[str, Any], text: str) -> None:
     settings.MICROSERVICES = {"CLIENTS": services, "SERVERS": services}
 
     assert told(check_settings()) == [("E007", text)]
+
+
+def test_a_grpc_address_may_be_the_address_itself(settings: Settings) -> None:
+    grpc = "grpc://127.0.0.1:5000"
+    settings.MICROSERVICES = {"CLIENTS": {"users": {"url": grpc, "grpc": grpc}}}
+
+    assert check_settings() == []
+
+
+@pytest.mark.parametrize(
+    ("door", "text"),
+    [
+        (
+            ("UsersService", "FindNone"),
+            "users.UsersService has no RPC 'FindNone'; it has FindOne, FindAll, CreateUser.",
+        ),
+        (("OrdersService", "WatchOrders"), "orders.OrdersService has no RPC 'WatchOrders'"),
+        (("NoService", "FindOne"), "The service 'NoService' of the .proto files is not clear: none has it"),
+    ],
+)
+def test_a_grpc_method_that_no_proto_file_has_is_e009(install: Install, door: tuple[str, str], text: str) -> None:
+    @grpc_method(*door)
+    def find() -> None: ...
+
+    install(shop=[find])
+
+    [(id, told_text)] = told(check_rpcs())
+    assert id == "E009"
+    assert text in told_text
+
+
+def test_a_pattern_that_is_mapped_to_an_rpc_which_is_not_there_is_e009(settings: Settings) -> None:
+    place = {"url": "grpc://127.0.0.1:5000", "rpcs": {"get_user": "UsersService/Get"}}
+    settings.MICROSERVICES = {**settings.MICROSERVICES, "CLIENTS": {"users": place}, "SERVERS": {}}
+
+    [(id, text)] = told(check_rpcs())
+    assert (id, text.partition(" rpcs:")[0]) == ("E009", "MICROSERVICES CLIENTS['users']")
 
 
 def test_services_on_hosts_of_their_own_may_use_the_same_port(settings: Settings) -> None:

@@ -16,11 +16,12 @@ from health_check import HealthCheck
 from health_check.exceptions import ServiceWarning
 
 from microservices import health
-from microservices.health import Doors, HealthView, ServiceDatabase, Started
+from microservices.health import Brokers, Doors, HealthView, Migrated, ServiceDatabase, Started
 from microservices.lifecycle import State, lifecycle
 from microservices.microservice import get_microservice
-from microservices.transports import Address
+from microservices.transports import Address, parse
 from microservices.transports.base import Status
+from microservices.transports.redis import RedisServer
 from microservices.transports.tcp import TcpServer
 
 Install = Callable[..., None]
@@ -51,7 +52,7 @@ def test_a_process_that_takes_calls_tells_each_of_its_checks(client: Client, pag
 
     body = answer.json()
     assert (answer.status_code, answer["Content-Type"]) == (200, "application/json")
-    assert set(body) == {"status", "timestamp", "uptime", "details"}
+    assert set(body) - {"services"} == {"status", "timestamp", "uptime", "details"}
     assert body["status"] == "ok"
     assert before <= datetime.datetime.fromisoformat(body["timestamp"]) <= datetime.datetime.now(datetime.UTC)
     assert 0 < body["uptime"] <= lifecycle.uptime
@@ -60,7 +61,54 @@ def test_a_process_that_takes_calls_tells_each_of_its_checks(client: Client, pag
         "doors": {"status": "up"},
         "database default": {"status": "up"},
         **{f"database {name}": {"status": "up"} for name in ("users", "orders", "payments", "notifications")},
+        **({"brokers": {"status": "up"}} if page == "/health" else {}),
     }
+
+
+@databases
+def test_startupz_is_503_until_the_process_has_once_been_ready(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lifecycle, "state", State.STARTING)
+    monkeypatch.setattr(lifecycle, "started", False)
+    before = client.get("/startupz")
+    monkeypatch.setattr(lifecycle, "started", True)
+    monkeypatch.setattr(lifecycle, "state", State.DRAINING)  # what has started stays so
+    after = client.get("/startupz")
+
+    assert (before.status_code, before.json()["details"]["start"]["status"]) == (503, "down")
+    assert (after.status_code, after.json()["details"]["migrations users"]) == (200, {"status": "up"})
+
+
+def test_a_database_without_its_tables_is_told_by_the_number_of_migrations(
+    rf: RequestFactory, scratch: Scratch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "_migrated", set())
+
+    status, details = asked(rf, (Migrated, {"alias": scratch()}))
+    health._probing.cache_clear()  # its thread has a connection that the next test must not find
+
+    assert status == 503
+    assert details["migrations scratch"]["message"].endswith("migrations are not applied")
+
+
+@pytest.mark.usefixtures("_ready")
+@pytest.mark.parametrize("status", [Status.CONNECTED, Status.DISCONNECTED])
+def test_a_broker_that_is_away_is_told_and_makes_nothing_unready(
+    rf: RequestFactory, install: Install, monkeypatch: pytest.MonkeyPatch, status: Status
+) -> None:
+    install(shop=[])
+    shop = get_microservice("shop")
+    listener = RedisServer(parse("redis://127.0.0.1:6379"), shop.dispatcher)
+    listener.status = status
+    shop.servers.append(listener)
+    monkeypatch.setattr(lifecycle, "microservices", [shop])
+
+    answer = async_to_sync(HealthView.as_view(checks=[Brokers], tells_services=True))(rf.get("/health"))
+
+    body = msgspec.json.decode(answer.content)
+    away = {"status": "up", "message": "Warning: shop redis://127.0.0.1:6379: disconnected"}
+    assert answer.status_code == 200
+    assert body["details"]["brokers"] == ({"status": "up"} if status is Status.CONNECTED else away)
+    assert body["services"] == [{"name": "shop", "transports": {"redis://127.0.0.1:6379": str(status)}}]
 
 
 @databases

@@ -311,6 +311,18 @@ async def test_a_process_without_a_heartbeat_tells_nothing(
     assert heard == []
 
 
+async def test_a_process_that_opens_the_doors_of_some_services_tells_of_no_others(
+    heard: list[tuple[str, str, str]],
+) -> None:
+    process = Lifecycle()
+
+    await process.start({"elsewhere": []})
+    await process.drain()
+    await process.stop()
+
+    assert heard == []
+
+
 async def test_the_streams_of_beats_are_kept_short_and_other_options_stay(settings: Settings) -> None:
     change(settings, EVENTS_URL="redis-streams://127.0.0.1:1?max_length=5000&connect_timeout=7")
 

@@ -74,16 +74,17 @@ def test_the_list_of_services_sums_up_their_instances(admin_client: Client) -> N
 
 
 def test_the_list_of_instances_tells_how_where_and_since_when(clock: Clock, admin_client: Client) -> None:
-    known(addresses={"tcp": "tcp://box:3001", "health": "http://box:9001"}, zone="eu-1")
-    known(sequence=2, state="degraded", reason="<b>redis</b> is away", zone="eu-1")
+    doors = {"tcp": "tcp://box:3001", "health": "http://box:9001"}
+    known(addresses=doors, zone="eu-1")
+    known(addresses=doors, sequence=2, state="degraded", reason="<b>redis</b> is away", zone="eu-1")
     clock.ticks(3)
 
     page = admin_client.get(f"{URL}/instance/")
 
     assert 'data-state="degraded"' in page.content.decode()
     assert "<b>redis</b>" not in page.content.decode()
-    [row] = rows(page, "name", "service", "version", "pid", "beat", "zone")
-    assert row == ("a", "users", "1.0.0", "42", "3 s ago", "eu-1")
+    [row] = rows(page, "name", "service", "where", "version", "pid", "beat", "zone")
+    assert row == ("a", "users", "health box:9001 tcp box:3001", "1.0.0", "42", "3 s ago", "eu-1")
     assert rows(page, "how") == [("degraded <b>redis</b> is away",)]
 
 
@@ -165,7 +166,7 @@ def test_the_page_of_a_service_shows_its_instances_and_patterns(admin_client: Cl
     page = admin_client.get(f"{URL}/service/{instance.service_id}/change/").content.decode()
 
     assert f"{URL}/instance/{instance.pk}/change/" in page
-    assert "tcp://box:1" in page
+    assert 'title="tcp://box:1"' in page
     assert "get_user" in page
 
 
