@@ -74,6 +74,11 @@ def grpc_url(name: str) -> str:
     return url.strip()
 
 
+def served_at(url: str) -> str:
+    """Return a gRPC URL as its server takes it: in development it also tells what it can."""
+    return f"{url}?reflection=true" if url and DEBUG and "?" not in url else url
+
+
 def place(name: str) -> dict[str, Any]:
     """Return where a service is."""
     health = port(name, "HEALTH", fleet.SERVICES[name]["health"])
@@ -88,7 +93,7 @@ PLACES = {name: place(name) for name in fleet.SERVICES}
 MICROSERVICES = {
     "NAME": HERE[0] if len(HERE) == 1 else "shop",
     "CLIENTS": {name: {**PLACES[name], "rpcs": fleet.RPCS.get(name, {})} for name in PLACES},
-    "SERVERS": {name: PLACES[name] for name in SERVICES},
+    "SERVERS": {name: {**PLACES[name], "grpc": served_at(PLACES[name]["grpc"])} for name in SERVICES},
     "HTTP_PORT": int(number("HTTP_PORT", number("PORT", fleet.HTTP_PORT))),
     "PROTO_PATH": [str(BASE_DIR / "proto")],
     "GRPC_PORT": int(number("GRPC_PORT", fleet.GRPC_PORT)),

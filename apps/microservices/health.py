@@ -121,7 +121,7 @@ class HealthView(HealthCheckView):
             results = await asyncio.gather(*(check.get_result(executor) for check in checks))
         details = {repr(result.check): _detail(result.error) for result in results}
         failed = any(detail["status"] == "down" for detail in details.values())
-        body = {
+        body: dict[str, Any] = {
             "status": "error" if failed else "ok",
             "timestamp": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
             "uptime": round(lifecycle.uptime, 3),
