@@ -153,7 +153,6 @@ class InstanceAdmin(Reported, admin.ModelAdmin):  # type: ignore[type-arg]
     list_display = ("how", "name", "service", "where", "version", "pid", "beat", "zone")
     list_display_links = ("name",)
     list_filter = ("state", "service", "zone", "version")
-    list_select_related = ("service",)
     search_fields = ("name", "host", "=pid")
     search_help_text = "Name, host or PID of an instance"
     actions = ("probe_now",)
@@ -188,7 +187,7 @@ class InstanceAdmin(Reported, admin.ModelAdmin):  # type: ignore[type-arg]
     @admin.action(description="Probe now", permissions=("probe",))
     def probe_now(self, request: HttpRequest, queryset: QuerySet[Instance]) -> None:
         """Ask the selected instances how they are, and show what they say."""
-        instances = list(queryset.select_related("service")[: AT_ONCE + 1])
+        instances = list(queryset[: AT_ONCE + 1])
         if len(instances) > AT_ONCE:
             self.message_user(request, f"Select at most {AT_ONCE} instances at a time.", messages.ERROR)
             return
@@ -208,7 +207,6 @@ class PatternAdmin(Reported, admin.ModelAdmin):  # type: ignore[type-arg]
 
     list_display = ("name", "kind", "service", "retry", "deadline", "seen_at")
     list_filter = ("kind", "service", "retry")
-    list_select_related = ("service",)
     search_fields = ("name",)
     show_full_result_count = False
 

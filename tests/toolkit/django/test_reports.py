@@ -17,6 +17,7 @@ from microservices.reports import Reporter
 from microservices.transports import parse
 from microservices.transports.base import Status
 from microservices.transports.redis_streams import StreamsListener
+from microservices.transports.tcp import TcpServer
 
 Install = Callable[..., None]
 
@@ -174,3 +175,12 @@ def test_who_does_not_hear_the_bus_is_degraded(
     assert (told["shop"].state, told["shop"].reason) == (state, reason)
     assert (told["gateway"].state, told["gateway"].reason) == (state, reason)
     assert told["stock"].state == ("draining" if draining else "up")
+
+
+def test_a_door_that_is_closed_is_the_health_pages_business(install: Install, settings: Settings) -> None:
+    install(shop=[])
+    change(settings, NAME="shop")
+    shop = get_microservice("shop")
+    shop.servers.append(TcpServer(parse("tcp://127.0.0.1:3009"), shop.dispatcher))
+
+    assert reports()["shop"].state == "up"

@@ -78,6 +78,15 @@ def test_a_report_that_comes_late_changes_nothing(clock: Clock, sequence: int) -
     assert len(journal()) == 1
 
 
+def test_a_late_report_that_says_the_same_is_no_beat(clock: Clock) -> None:
+    before = known(sequence=2)
+    clock.ticks(5)
+
+    after = known(sequence=1)
+
+    assert (after.sequence, after.last_heartbeat) == (2, before.last_heartbeat)
+
+
 def test_a_report_of_another_start_counts_from_the_beginning(clock: Clock) -> None:
     known(sequence=100)
     clock.ticks(5)
@@ -241,6 +250,22 @@ def test_who_has_just_begun_to_listen_knows_of_no_silence(clock: Clock) -> None:
     assert Instance.objects.get().state == "suspect"
 
 
+def test_who_has_listened_for_less_than_fifteen_seconds_ends_nobody(clock: Clock) -> None:
+    known()
+    since = clock.ticks(3600)
+    clock.ticks(8)
+    [suspect] = sweep(clock, since)
+    instance_probed(instance=suspect, passed=False, text="503")
+
+    clock.ticks(6.9)
+    sweep(clock, since)
+    early = Instance.objects.get().state
+    clock.ticks(0.1)
+    sweep(clock, since)
+
+    assert (early, Instance.objects.get().state) == ("suspect", "down")
+
+
 def test_who_is_down_for_a_minute_is_kept_in_the_journal_only(clock: Clock) -> None:
     known(state="up")
     known(sequence=2, state="down")
@@ -333,6 +358,16 @@ def test_a_probe_is_noted_and_told_only_where_somebody_asked_for_it(clock: Clock
     assert instance.state == "up"
     assert told == 1
     assert journal()[-1] == ("probe", "users", "ada: /readyz 503 in 1 ms")
+
+
+def test_what_an_earlier_start_answered_says_nothing_of_this_one(clock: Clock) -> None:
+    earlier = known()
+    instance = known(start="start-2")
+
+    instance_probed(instance=earlier, passed=False, text="503")
+
+    instance.refresh_from_db()
+    assert instance.probe_passed is None
 
 
 def test_the_journal_reaches_back_thirty_days(clock: Clock) -> None:

@@ -240,6 +240,17 @@ async def test_a_line_has_the_time_of_its_call_not_of_its_writing(calls: CallLog
 
 
 @pytest.mark.asyncio
+async def test_a_beat_is_told_only_to_those_who_look_closely_unless_it_fails(calls: CallLog, lines: Lines) -> None:
+    await calls(answer)(None, context(pattern="instance_up"))
+    with pytest.raises(RpcException):
+        await calls(raising(RpcException()))(None, context(pattern="instance_up"))
+    await calls(answer)(None, context(pattern="instance_down"))
+    calls.flush()
+
+    assert [record.levelno for record in lines.records] == [logging.DEBUG, logging.WARNING, logging.INFO]
+
+
+@pytest.mark.asyncio
 async def test_a_level_that_is_switched_off_is_not_written(
     calls: CallLog, lines: Lines, logger: logging.Logger
 ) -> None:
