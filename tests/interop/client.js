@@ -2,13 +2,13 @@
 // `node client.js PORT redis`, with the port of a Redis.
 import 'reflect-metadata';
 import { AsyncLocalStorage } from 'node:async_hooks';
-import { createInterface } from 'node:readline';
 import { Logger } from '@nestjs/common';
 import { ClientProxyFactory, Transport } from '@nestjs/microservices';
 import {
   defaultIfEmpty, forkJoin, ignoreElements, lastValueFrom, mergeAll, tap, timeout, TimeoutError,
   toArray,
 } from 'rxjs';
+import { answerLines } from './lines.js';
 
 const OPERATION_TIMEOUT = 10_000;
 
@@ -65,11 +65,4 @@ async function perform({ op, ...command }) {
   }
 }
 
-const lines = createInterface({ input: process.stdin });
-lines.on('close', () => process.exit(0));
-lines.on('line', async (line) => {
-  const { tag, metadata, ...command } = JSON.parse(line);
-  const answer = await currentMetadata.run(metadata, () => perform(command));
-  console.log(JSON.stringify({ ...answer, tag }));
-});
-console.log('ready');
+answerLines(({ metadata, ...command }) => currentMetadata.run(metadata, () => perform(command)));

@@ -108,6 +108,10 @@ class NestClient:
         """Do what ClientProxy.emit does."""
         return await self._perform(op="emit", pattern=pattern, data=data, **_given(metadata))
 
+    async def call(self, service: str, method: str, data: Any, **options: Any) -> Answer:
+        """Call a gRPC method; `options`: `metadata`, a `deadline` in ms, how many of the `first` values to take."""
+        return await self._perform(service=service, method=method, data=data, **options)
+
     async def listen(self) -> None:
         """Hand out the answers until the process ends."""
         assert self._process.stdout is not None
@@ -131,16 +135,16 @@ def _given(metadata: Mapping[str, str] | None) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def nest_server(port: int, scheme: str = "tcp") -> AsyncIterator[Process]:
-    """Run server.js; `port` is its own, or that of a broker."""
-    async with node("server.js", port, scheme) as process:
+async def nest_server(port: int, scheme: str = "tcp", script: str = "server.js") -> AsyncIterator[Process]:
+    """Run NestJS's server; `port` is its own, or that of a broker."""
+    async with node(script, port, scheme) as process:
         yield process
 
 
 @asynccontextmanager
-async def nest_client(port: int, scheme: str = "tcp") -> AsyncIterator[NestClient]:
-    """Run client.js; `port` is the server's, or that of a broker."""
-    async with node("client.js", port, scheme) as process:
+async def nest_client(port: int, scheme: str = "tcp", script: str = "client.js") -> AsyncIterator[NestClient]:
+    """Run NestJS's client; `port` is the server's, or that of a broker."""
+    async with node(script, port, scheme) as process:
         client = NestClient(process)
         listening = asyncio.create_task(client.listen())
         try:
