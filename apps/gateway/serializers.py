@@ -82,6 +82,12 @@ class OrderCreate(serializers.Serializer[Any]):
     payment_token = serializers.CharField(max_length=200)
 
 
+class OrderCancel(serializers.Serializer[Any]):
+    """Why an order is called off, for people to read."""
+
+    reason = serializers.CharField(required=False, max_length=50)
+
+
 class OrderQuery(PageQuery):
     """Which orders."""
 
@@ -122,6 +128,7 @@ class Order(serializers.Serializer[Any]):
     total = serializers.IntegerField()
     currency = serializers.CharField()
     payment_id = serializers.CharField(allow_null=True)
+    refunded = serializers.IntegerField()
     placed_at = serializers.DateTimeField()
     confirmed_at = serializers.DateTimeField(allow_null=True)
     cancelled_at = serializers.DateTimeField(allow_null=True)

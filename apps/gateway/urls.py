@@ -14,6 +14,7 @@ v1 = [
     path("products/<str:id>", views.ProductDetail.as_view()),
     path("orders", views.OrderList.as_view()),
     path("orders/<str:id>", views.OrderDetail.as_view()),
+    path("orders/<str:id>/cancel", views.OrderCancel.as_view()),
     path("payments", views.PaymentList.as_view()),
     path("payments/<str:id>", views.PaymentDetail.as_view()),
     path("notifications", views.NotificationList.as_view()),

@@ -84,6 +84,19 @@ class OrderDetail(RpcView):
     get = Send("orders", {"cmd": "get_order"}, returns=serializers.Order, summary="Show an order")
 
 
+class OrderCancel(RpcView):
+    """Calling one order off."""
+
+    post = Send(
+        "orders",
+        {"cmd": "cancel_order"},
+        body=serializers.OrderCancel,
+        returns=serializers.Order,
+        timeout=10,  # it calls payments several times
+        summary="Cancel an order",
+    )
+
+
 class PaymentList(RpcView):
     """All payments."""
 

@@ -16,6 +16,7 @@ Name = Annotated[str, Meta(min_length=1, max_length=100, pattern=_ONE_LINE)]
 Email = Annotated[str, Meta(min_length=1, max_length=254, pattern=_ONE_LINE)]
 Token = Annotated[str, Meta(min_length=1, max_length=200, pattern=_ONE_LINE)]
 Quantity = Annotated[int, Meta(ge=1, le=1000)]
+Reason = Annotated[str, Meta(min_length=1, max_length=50, pattern=_ONE_LINE)]
 Status = Literal["pending", "confirmed", "shipped", "delivered", "cancelled", "refunded"]
 Limit = Annotated[int, Meta(ge=1, le=MAX_PAGE)]
 
@@ -93,6 +94,13 @@ class GetOrders(Struct):
     status: Status | None = None
     cursor: str | None = None
     limit: Limit = 50
+
+
+class CancelOrder(Struct):
+    """Call an order off; the reason is for people to read."""
+
+    id: str
+    reason: Reason | None = None
 
 
 class FindOrders(Struct):

@@ -60,6 +60,7 @@ class WrongState(RpcException):
     """409: the order is past the point where this could be done."""
 
     def __init__(self, state: str) -> None:
+        self.state = state
         message = f"This cannot be done with an order that is {state}."
         super().__init__({"statusCode": 409, "code": "wrong-state", "message": message, "state": state})
 

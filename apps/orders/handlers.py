@@ -6,6 +6,7 @@ from microservices import RpcContext, clients, grpc_method, message_pattern
 
 from . import selectors, services
 from .contracts import (
+    CancelOrder,
     CreateOrder,
     FindOrders,
     GetOrder,
@@ -59,6 +60,14 @@ def get_orders(data: GetOrders, ctx: RpcContext) -> Orders:
     """Return a page of orders."""
     page = selectors.order_list(user_id=data.user_id, status=data.status, cursor=data.cursor, limit=data.limit)
     return Orders(orders=[order_shown(order) for order in page.orders], next=page.next)
+
+
+# No key is kept yet: the state tells a repeat, which hears 409 with `cancelled` and changes nothing more.
+@message_pattern({"cmd": "cancel_order"}, retry="keyed")
+@grpc_method("OrdersService", "CancelOrder")
+def cancel_order(data: CancelOrder, ctx: RpcContext) -> Order:
+    """Call an order off, and give its money back."""
+    return order_shown(services.order_call_off(order_id=data.id, reason=data.reason or services.BY_CUSTOMER))
 
 
 @grpc_method("OrdersService", retry="safe")

@@ -18,6 +18,9 @@ logger = logging.getLogger(__name__)
 AUTHORIZE_TIMEOUT = 3.0
 ASK_TIMEOUT = 1.0
 
+# States of a payment whose money was taken, whatever of it has gone back.
+TAKEN = ("captured", "part_refunded", "refunded")
+
 
 class Payment(Struct):
     """What matters of a payment here."""
@@ -25,6 +28,12 @@ class Payment(Struct):
     id: str
     status: str
     decline_code: str | None = None
+
+
+class Refund(Struct):
+    """What matters of a refund here."""
+
+    amount: int
 
 
 def authorize(order: Order, *, token: str) -> Payment:
@@ -68,6 +77,56 @@ def void(order: Order, *, payment_id: str) -> None:
     except RpcException as error:
         # The provider lets go by itself after some days, and the order is cancelled already.
         logger.error("order %s: payment %s was not voided: %s", order.id, payment_id, error)
+
+
+def give_back(order: Order) -> int:
+    """Let go what is held for a cancelled order, or give back what was taken; return how much that was.
+
+    Raises RpcException where it could not be done now; what was done of it is not done again by a repeat.
+    """
+    with beyond_deadline():
+        payment = _of(order)
+        if payment is None or (payment.status not in TAKEN and _let_go(order, payment)):
+            return 0
+        return _refund(order, payment)
+
+
+def _of(order: Order) -> Payment | None:
+    """Return the payment of an order; None where it has never been asked for."""
+    if order.payment_id:
+        return _send("get_payment", {"id": order.payment_id}, ASK_TIMEOUT)
+    try:
+        return _send("get_payment_by_key", {"idempotency_key": f"{order.id}:authorize"}, ASK_TIMEOUT)
+    except RpcException as error:
+        if error.status_code == HTTPStatus.NOT_FOUND:
+            return None
+        raise
+
+
+def _let_go(order: Order, payment: Payment) -> bool:
+    """Let go what is held; False where it turns out to be taken."""
+    try:
+        _send("void_payment", {"id": payment.id, "idempotency_key": f"{order.id}:void"}, ASK_TIMEOUT)
+    except RpcException as error:
+        if error.status_code != HTTPStatus.CONFLICT:
+            raise
+        # A capture is under way, or its answer was lost: with its own key it is brought to an end, not repeated.
+        data = {"id": payment.id, "idempotency_key": f"{order.id}:capture"}
+        _send("capture_payment", data, AUTHORIZE_TIMEOUT)
+        return False
+    return True
+
+
+def _refund(order: Order, payment: Payment) -> int:
+    data = {
+        "id": payment.id,
+        "amount": order.total - order.refunded,
+        "reason": order.cancel_reason,
+        "idempotency_key": f"{order.id}:refund",
+    }
+    sync = clients["payments"].sync
+    refund: Refund = sync.send({"cmd": "refund_payment"}, data, returns=Refund, timeout=AUTHORIZE_TIMEOUT)
+    return refund.amount
 
 
 def _ask(order: Order) -> Payment | None:

@@ -60,6 +60,8 @@ class Feed:
             self._watchers[order_id].discard(changes)
             if not self._watchers[order_id]:
                 del self._watchers[order_id]
+            if not self._watchers:
+                lifecycle.on_drain.discard(self._leave)
 
     def changed(self, order_id: str) -> None:
         """Wake those who watch an order."""

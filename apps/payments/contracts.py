@@ -15,6 +15,7 @@ Key = Annotated[str, Meta(min_length=1, max_length=100, pattern=_ONE_LINE)]
 Token = Annotated[str, Meta(min_length=1, max_length=200, pattern=_ONE_LINE)]
 # Minor units. What JavaScript can count exactly is the limit: its numbers are doubles.
 Amount = Annotated[int, Meta(ge=1, le=2**53 - 1)]
+Reason = Annotated[str, Meta(max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$(?!\n)")]
 Currency = Annotated[str, Meta(pattern=r"^[A-Z]{3}$(?!\n)")]
 Limit = Annotated[int, Meta(ge=1, le=MAX_PAGE)]
 
@@ -42,6 +43,15 @@ class VoidPayment(Struct):
 
     id: str
     idempotency_key: Key
+
+
+class RefundPayment(Struct):
+    """Ask for an amount of what was taken to be given back; a repeated key gives it back once."""
+
+    id: str
+    amount: Amount
+    idempotency_key: Key
+    reason: Reason = ""
 
 
 class GetPayment(Struct):
@@ -78,6 +88,15 @@ class Payment(Struct):
     authorized_at: datetime | None
     captured_at: datetime | None
     created_at: datetime
+
+
+class RefundReply(Struct):
+    """A refund, and its payment as it stands by now."""
+
+    payment: Payment
+    refund_id: str
+    amount: int
+    status: str
 
 
 class Payments(Struct):

@@ -29,11 +29,22 @@ class WrongState(RpcException):
 
 
 class KeyReused(RpcException):
-    """409: the key belongs to a payment of another order or amount."""
+    """409: the key belongs to another payment or refund, or to one of another amount."""
 
     def __init__(self) -> None:
-        message = "This key was used for another payment."
+        message = "This key was used for another payment or amount."
         super().__init__({"statusCode": 409, "code": "key-reused", "message": message})
+
+
+class RefundTooLarge(RpcException):
+    """409: so much was not taken, or is given back already; `left` is what can still be given back."""
+
+    def __init__(self, left: int) -> None:
+        message = f"Only {left} of this payment can still be given back."
+        error = {"pointer": "/amount", "message": message, "code": "refund-too-large"}
+        super().__init__(
+            {"statusCode": 409, "code": "refund-too-large", "message": message, "left": left, "errors": [error]}
+        )
 
 
 class ProviderSilent(RpcException):

@@ -11,9 +11,11 @@ from .contracts import (
     GetPayments,
     Payment,
     Payments,
+    RefundPayment,
+    RefundReply,
     VoidPayment,
 )
-from .selectors import payment_shown
+from .selectors import payment_shown, refund_shown
 
 
 @message_pattern({"cmd": "authorize_payment"}, retry="keyed")
@@ -43,6 +45,16 @@ def capture_payment(data: CapturePayment, ctx: RpcContext) -> Payment:
 def void_payment(data: VoidPayment, ctx: RpcContext) -> Payment:
     """Let a held amount go."""
     return payment_shown(services.payment_void(payment_id=data.id, key=data.idempotency_key))
+
+
+@message_pattern({"cmd": "refund_payment"}, retry="keyed")
+@grpc_method("PaymentsService", "Refund", retry="keyed")
+def refund_payment(data: RefundPayment, ctx: RpcContext) -> RefundReply:
+    """Give back an amount of what was taken."""
+    refund = services.payment_refund(
+        payment_id=data.id, amount=data.amount, reason=data.reason, key=data.idempotency_key
+    )
+    return refund_shown(refund)
 
 
 @message_pattern({"cmd": "get_payment"}, retry="safe")

@@ -7,7 +7,7 @@ from microservices.ids import cursor_after, id_before, is_id
 from . import contracts
 from .contracts import MAX_PAGE
 from .exceptions import InvalidCursor, PaymentNotFound
-from .models import Payment
+from .models import Payment, Refund
 
 
 class Page(NamedTuple):
@@ -17,9 +17,10 @@ class Page(NamedTuple):
     next: str | None
 
 
-def payment_get(*, payment_id: str) -> Payment:
-    """Return one payment. Raises PaymentNotFound."""
-    payment = Payment.objects.filter(pk=payment_id).first() if is_id(payment_id) else None
+def payment_get(*, payment_id: str, for_update: bool = False) -> Payment:
+    """Return one payment, its row locked on request. Raises PaymentNotFound."""
+    payments = Payment.objects.select_for_update() if for_update else Payment.objects.all()
+    payment = payments.filter(pk=payment_id).first() if is_id(payment_id) else None
     if payment is None:
         raise PaymentNotFound()
     return payment
@@ -64,6 +65,13 @@ def payment_shown(payment: Payment) -> contracts.Payment:
         authorized_at=payment.authorized_at,
         captured_at=payment.captured_at,
         created_at=payment.created_at,
+    )
+
+
+def refund_shown(refund: Refund) -> contracts.RefundReply:
+    """Return a refund as others may see it."""
+    return contracts.RefundReply(
+        payment=payment_shown(refund.payment), refund_id=refund.id, amount=refund.amount, status=refund.status
     )
 
 

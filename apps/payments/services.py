@@ -5,14 +5,18 @@ from contextlib import contextmanager
 from typing import Any
 
 from django.db import transaction
+from django.db.models import Sum
 from django.utils import timezone
 
 from microservices.db import emit_on_commit
 
-from .exceptions import KeyReused, PaymentDeclined, ProviderSilent, WrongState
-from .models import Payment, Status
+from .exceptions import KeyReused, PaymentDeclined, ProviderSilent, RefundTooLarge, WrongState
+from .models import Payment, Refund, RefundStatus, Status
 from .provider import Charge, NoAnswer, Provider, Refused, get_provider
 from .selectors import payment_get, payment_get_by_key, payment_shown
+
+# States of a payment whose money was taken, whatever of it has gone back.
+_TAKEN = (Status.CAPTURED, Status.PART_REFUNDED, Status.REFUNDED)
 
 
 def payment_authorize(*, order_id: str, user_id: str, amount: int, currency: str, token: str, key: str) -> Payment:
@@ -57,7 +61,7 @@ def payment_capture(*, payment_id: str, key: str) -> Payment:
             provider.capture(key=key, ref=payment.provider_ref, amount=payment.amount)
         captured = {"status": Status.CAPTURED, "captured_at": timezone.now()}
         _move(payment, "payment_captured", before=Status.AUTHORIZED, **captured)
-    if payment.status != Status.CAPTURED:
+    if payment.status not in _TAKEN:
         raise WrongState(payment.status)
     return payment
 
@@ -73,9 +77,74 @@ def payment_void(*, payment_id: str, key: str) -> Payment:
         with _provider(payment) as provider:
             provider.void(key=key, ref=payment.provider_ref)
         _move(payment, "payment_voided", before=Status.AUTHORIZED, status=Status.VOIDED)
-    if payment.status == Status.CAPTURED:
+    if payment.status in _TAKEN:
         raise WrongState(payment.status)
     return payment
+
+
+def payment_refund(*, payment_id: str, amount: int, reason: str, key: str) -> Refund:
+    """Give back an amount of what was taken; a repeat with the same key returns the first refund.
+
+    Raises PaymentNotFound, WrongState, KeyReused, RefundTooLarge, and ProviderSilent when the outcome is
+    unknown: the refund is pending then, and a repeat finishes it.
+    """
+    refund = _open_refund(payment_id, amount, reason, key)
+    if refund.status == RefundStatus.PENDING:
+        # Also for a repeat, as in payment_authorize.
+        try:
+            with _provider(refund.payment) as provider:
+                ref = provider.refund(key=key, ref=refund.payment.provider_ref, amount=amount)
+        except WrongState:
+            _end_refund(refund, status=RefundStatus.FAILED)
+            raise
+        _end_refund(refund, status=RefundStatus.DONE, provider_ref=ref)
+    if refund.status == RefundStatus.FAILED:
+        raise WrongState(refund.payment.status)
+    return refund
+
+
+def _open_refund(payment_id: str, amount: int, reason: str, key: str) -> Refund:
+    with transaction.atomic(using="payments", durable=True):
+        # Locked: of two refunds at once, the second must see what the first has left.
+        payment = payment_get(payment_id=payment_id, for_update=True)
+        refund = Refund.objects.filter(idempotency_key=key).first()
+        if refund is None:
+            _check_left(payment, amount)
+            facts = {"payment": payment, "amount": amount, "reason": reason}
+            # Another payment's refund, which this lock does not hold up, may take the key meanwhile.
+            refund, _ = Refund.objects.get_or_create(idempotency_key=key, defaults=facts)
+    if (refund.payment_id, refund.amount) != (payment.id, amount):
+        raise KeyReused()
+    refund.payment = payment
+    return refund
+
+
+def _check_left(payment: Payment, amount: int) -> None:
+    if payment.status not in (Status.CAPTURED, Status.PART_REFUNDED):
+        raise WrongState(payment.status)
+    # Those that are pending count: the provider may have given that money back already.
+    left = payment.amount - _refunded(payment, RefundStatus.PENDING, RefundStatus.DONE)
+    if amount > left:
+        raise RefundTooLarge(left)
+
+
+def _end_refund(refund: Refund, **after: Any) -> None:
+    """Settle a pending refund, unless somebody else was faster; either way it and its payment are as stored then."""
+    with transaction.atomic(using="payments", durable=True):
+        payment = payment_get(payment_id=refund.payment_id, for_update=True)
+        ended = Refund.objects.filter(pk=refund.pk, status=RefundStatus.PENDING).update(**after)
+        refund.refresh_from_db()
+        refund.payment = payment
+        if ended and refund.status == RefundStatus.DONE:
+            whole = _refunded(payment, RefundStatus.DONE) == payment.amount
+            payment.status = Status.REFUNDED if whole else Status.PART_REFUNDED
+            payment.save(update_fields=["status"])
+            emit_on_commit("payment_refunded", payment_shown(payment), using="payments")
+
+
+def _refunded(payment: Payment, *statuses: RefundStatus) -> int:
+    total: int | None = payment.refunds.filter(status__in=statuses).aggregate(total=Sum("amount"))["total"]
+    return total or 0
 
 
 def _ask_if_pending(payment: Payment) -> None:

@@ -1,14 +1,11 @@
 """Products, payments and a bus to test orders with."""
 
-import sqlite3
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
-from django.db import connections
 
 from microservices.executor import lending
 from orders.contracts import Customer, Item
@@ -116,18 +113,3 @@ def buy() -> Buy:
         return order_place(customer=ADA, lines=lines, payment_token=token)
 
     return buy
-
-
-@pytest.fixture
-def on_files(tmp_path: Path) -> Iterator[None]:
-    """Put the databases into files for other threads: in memory, SQLite refuses instead of waiting."""
-    homes = {alias: connections[alias].settings_dict["NAME"] for alias in ("orders", "payments")}
-    for alias in homes:
-        connections[alias].ensure_connection()
-        with sqlite3.connect(tmp_path / f"{alias}.sqlite3") as file:
-            connections[alias].connection.backup(file)
-        file.close()
-        connections[alias].settings_dict["NAME"] = str(tmp_path / f"{alias}.sqlite3")
-    yield
-    for alias, home in homes.items():
-        connections[alias].settings_dict["NAME"] = home

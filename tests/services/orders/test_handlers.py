@@ -7,8 +7,9 @@ import msgspec
 import pytest
 
 from microservices import RpcContext
+from microservices.stubs import proto_files
 from orders import handlers
-from orders.contracts import CreateOrder, GetOrder, GetOrders, GetProduct, GetProducts
+from orders.contracts import CancelOrder, CreateOrder, FindOrders, GetOrder, GetOrders, GetProduct, GetProducts
 from orders.models import Product
 
 Stock = Callable[..., Product]
@@ -47,6 +48,42 @@ def test_a_placed_order_is_shown_with_lines_and_customer(stock: Stock, told: Eve
     assert set(told[-1][1]) == set(shown)
 
 
+@pytest.mark.django_db(databases=["orders", "payments"])
+@pytest.mark.parametrize(("given", "kept"), [({}, "customer"), ({"reason": None}, "customer"), ({"reason": "x"}, "x")])
+def test_an_order_that_is_called_off_is_shown_as_it_stands_then(stock: Stock, given: dict[str, Any], kept: str) -> None:
+    placed = ask(handlers.create_order, CreateOrder, CREATE | {"lines": [{"product_id": stock("t").id, "quantity": 2}]})
+
+    shown = ask(handlers.cancel_order, CancelOrder, {"id": placed["id"], **given})
+
+    assert (shown["status"], shown["cancel_reason"], shown["refunded"]) == ("cancelled", kept, shown["total"])
+    assert shown["cancelled_at"].endswith("Z")
+    assert shown == ask(handlers.get_order, GetOrder, {"id": placed["id"]})
+
+
+@pytest.mark.django_db(databases=["orders", "payments"])
+def test_all_orders_are_given_at_once_by_user_and_status(stock: Stock) -> None:
+    create = CREATE | {"lines": [{"product_id": stock("tea").id, "quantity": 1}]}
+    ben = {"id": "ben", "name": "Ben", "email": "ben@example.org"}
+    one, other = (ask(handlers.create_order, CreateOrder, create | {"customer": who}) for who in (CUSTOMER, ben))
+
+    everything = ask(handlers.find_all, FindOrders, {})
+    of_ben = ask(handlers.find_all, FindOrders, {"user_id": "ben", "status": "confirmed"})
+    nothing = ask(handlers.find_all, FindOrders, {"user_id": "ben", "status": "cancelled"})
+
+    assert (everything, of_ben, nothing) == ([other, one], [other], [])
+
+
+@pytest.mark.django_db(databases=["orders", "payments"])
+def test_an_order_is_the_message_of_the_proto_file_field_by_field(stock: Stock) -> None:
+    message = proto_files().method("OrdersService/CancelOrder").response
+    placed = ask(handlers.create_order, CreateOrder, CREATE | {"lines": [{"product_id": stock("t").id, "quantity": 2}]})
+    order = ask(handlers.cancel_order, CancelOrder, {"id": placed["id"]})
+
+    travelled = message.decode(message.encode(order, strict=True), nulls=True)
+
+    assert travelled == order
+
+
 @pytest.mark.django_db(databases=["orders"])
 def test_products_are_given_by_page_or_by_their_ids(stock: Stock) -> None:
     tea, cup = stock("tea"), stock("cup")
@@ -80,6 +117,12 @@ def test_products_are_given_by_page_or_by_their_ids(stock: Stock) -> None:
         (GetOrders, {"status": "lost"}),
         (GetOrders, {"user_id": "\x00"}),
         (GetOrder, {}),
+        (FindOrders, {"status": "lost"}),
+        (FindOrders, {"user_id": ""}),
+        (CancelOrder, {}),
+        (CancelOrder, {"id": "x", "reason": ""}),
+        (CancelOrder, {"id": "x", "reason": "x" * 51}),
+        (CancelOrder, {"id": "x", "reason": "mine\nBcc: all"}),
     ],
 )
 def test_a_payload_that_does_not_fit_is_refused(shape: type, data: dict[str, Any]) -> None:
@@ -87,6 +130,6 @@ def test_a_payload_that_does_not_fit_is_refused(shape: type, data: dict[str, Any
         msgspec.convert(data, shape)
 
 
-@pytest.mark.parametrize("shape", [CreateOrder, GetOrder, GetOrders, GetProduct, GetProducts])
+@pytest.mark.parametrize("shape", [CreateOrder, CancelOrder, FindOrders, GetOrder, GetOrders, GetProduct, GetProducts])
 def test_fields_that_a_caller_of_another_day_sends_are_ignored(shape: type) -> None:
     assert msgspec.convert(CREATE | {"id": "x", "from_tomorrow": True}, shape)

@@ -12,6 +12,7 @@ from orders.models import Order, Product
 from orders.selectors import (
     order_get,
     order_list,
+    order_list_all,
     order_shown,
     product_get,
     product_list,
@@ -88,10 +89,11 @@ def test_orders_are_listed_by_user_and_by_status_the_latest_first(stock: Stock, 
     first, second, third = order(tea), order(tea, customer=ben), order(tea)
     order_cancel(order_id=first.id, reason="test")
 
-    assert order_list().orders == [third, second, first]
-    assert order_list(user_id="ada").orders == [third, first]
-    assert order_list(status="cancelled").orders == [first]
-    assert order_list(user_id="ben", status="cancelled").orders == []
+    for listed in (lambda **of: order_list(**of).orders, order_list_all):
+        assert listed() == [third, second, first]
+        assert listed(user_id="ada") == [third, first]
+        assert listed(status="cancelled") == [first]
+        assert listed(user_id="ben", status="cancelled") == []
 
 
 def test_pages_of_orders_follow_one_another(stock: Stock, order: Buy) -> None:
@@ -104,6 +106,29 @@ def test_pages_of_orders_follow_one_another(stock: Stock, order: Buy) -> None:
 
     numbers = [[order.number for order in page.orders] for page in pages]
     assert numbers == [expected[0:2], expected[2:4], expected[4:]]
+
+
+def test_all_orders_at_once_are_the_latest_that_one_answer_may_hold(
+    stock: Stock, order: Buy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orders.selectors.MAX_ALL", 3)
+    tea = stock("tea")
+    placed = [order(tea) for _ in range(5)]
+
+    assert order_list_all() == placed[:1:-1]
+
+
+def test_all_orders_at_once_take_two_queries_with_all_lines(
+    stock: Stock, order: Buy, django_assert_num_queries: DjangoAssertNumQueries
+) -> None:
+    tea, cup = stock("tea"), stock("cup")
+    for _ in range(3):
+        order(tea, cup)
+
+    with django_assert_num_queries(2, using="orders"):
+        shown = [order_shown(order) for order in order_list_all()]
+
+    assert [len(order.lines) for order in shown] == [2, 2, 2]
 
 
 def test_a_page_of_orders_takes_two_queries_with_all_lines(

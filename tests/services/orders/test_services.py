@@ -1,16 +1,13 @@
 """Changing orders and the stock that they take."""
 
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
 import pytest
-from django.db import IntegrityError, connections, transaction
+from django.db import IntegrityError, transaction
 
 from microservices import RpcException
-from microservices.executor import lending
 from microservices.ids import uuid7
 from orders.contracts import Customer, Item
 from orders.models import Order, OrderLine, OrderSequence, Product, Reservation, State, Status
@@ -21,6 +18,7 @@ pytestmark = pytest.mark.django_db(databases=["orders"])
 Events = list[tuple[str, dict[str, Any]]]
 Stock = Callable[..., Product]
 Buy = Callable[..., Order]
+AtOnce = Callable[..., list[Any]]
 
 ADA = Customer(id="ada", name="Ada", email="ada@example.org")
 
@@ -237,42 +235,20 @@ def test_a_service_refuses_to_run_inside_another_transaction(stock: Stock, order
 
 @pytest.mark.django_db(databases=["orders", "payments"], transaction=True)
 def test_fifty_buyers_at_once_of_thirty_pieces_get_exactly_thirty(
-    on_files: None, monkeypatch: pytest.MonkeyPatch
+    at_once: AtOnce, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # What is tested is the stock, not who is fast enough.
     monkeypatch.setattr("orders.payments.AUTHORIZE_TIMEOUT", 30)
-    buyers = threading.Barrier(50)
+    [tea] = at_once(lambda: Product.objects.create(sku="tea", name="tea", price=500, currency="EUR", on_hand=30))
 
-    def in_a_thread(work: Callable[[], Any]) -> Any:
-        try:
-            with lending():
-                return work()
-        finally:
-            connections.close_all()
+    def buy() -> str:
+        return order_place(customer=ADA, lines=[Item(product_id=tea.id, quantity=1)], payment_token="tok_ok").number
 
-    def buy(product: Product) -> str:
-        buyers.wait(20)
-        try:
-            wanted = [Item(product_id=product.id, quantity=1)]
-            return order_place(customer=ADA, lines=wanted, payment_token="tok_ok").number
-        except RpcException as refused:
-            return refused.code
-
-    def stocked() -> Product:
-        return Product.objects.create(sku="tea", name="tea", price=500, currency="EUR", on_hand=30)
-
-    def left() -> tuple[int, int]:
-        return counts(Product.objects.get())
-
-    def statuses() -> list[str]:
-        return list(Order.objects.values_list("status", flat=True))
-
-    with ThreadPoolExecutor(50) as pool:
-        product = pool.submit(in_a_thread, stocked).result()
-        outcomes = list(pool.map(in_a_thread, [lambda: buy(product)] * 50))
-        rest, stored = pool.submit(in_a_thread, left).result(), pool.submit(in_a_thread, statuses).result()
+    outcomes = at_once(*[buy] * 50)
 
     numbers = sorted(outcome for outcome in outcomes if outcome != "out-of-stock")
+    [rest] = at_once(lambda: counts(tea))
+    [stored] = at_once(lambda: list(Order.objects.values_list("status", flat=True)))
     assert [number.partition("-")[2] for number in numbers] == [f"{n:06}" for n in range(1, 31)]
     assert rest == (0, 0)
     assert stored == [Status.CONFIRMED] * 30

@@ -7,6 +7,7 @@ import msgspec
 import pytest
 
 from microservices import RpcContext
+from microservices.stubs import proto_files
 from payments import handlers
 from payments.contracts import (
     AuthorizePayment,
@@ -14,6 +15,7 @@ from payments.contracts import (
     GetPayment,
     GetPaymentByKey,
     GetPayments,
+    RefundPayment,
     VoidPayment,
 )
 
@@ -25,6 +27,7 @@ AUTHORIZE = {
     "payment_token": "tok_ok",
     "idempotency_key": "order:authorize",
 }
+REFUND = {"id": "x", "amount": 250, "idempotency_key": "refund"}
 
 
 def ask(handler: Callable[..., Any], shape: type, data: dict[str, Any]) -> Any:
@@ -67,6 +70,21 @@ def test_money_is_taken_or_let_go_by_the_id_of_the_payment() -> None:
     assert captured["captured_at"].endswith("Z")
 
 
+@pytest.mark.django_db(databases=["payments"])
+def test_a_refund_is_the_message_of_the_proto_file_field_by_field() -> None:
+    message = proto_files().method("PaymentsService/Refund").response
+    payment = ask(handlers.authorize_payment, AuthorizePayment, AUTHORIZE)
+    ask(handlers.capture_payment, CapturePayment, {"id": payment["id"], "idempotency_key": "capture"})
+
+    refund = ask(handlers.refund_payment, RefundPayment, REFUND | {"id": payment["id"]})
+
+    assert set(refund) == {"payment", "refund_id", "amount", "status"}
+    assert (refund["amount"], refund["status"]) == (250, "done")
+    assert refund["payment"] == ask(handlers.get_payment, GetPayment, {"id": payment["id"]})
+    assert refund["payment"]["status"] == "part_refunded"
+    assert refund == message.decode(message.encode(refund, strict=True), nulls=True)
+
+
 @pytest.mark.parametrize(
     ("shape", "data"),
     [
@@ -80,6 +98,12 @@ def test_money_is_taken_or_let_go_by_the_id_of_the_payment() -> None:
         (AuthorizePayment, AUTHORIZE | {"idempotency_key": "k" * 101}),
         (CapturePayment, {"id": "x"}),
         (VoidPayment, {"idempotency_key": "x"}),
+        (RefundPayment, REFUND | {"amount": 0}),
+        (RefundPayment, REFUND | {"amount": 2**53}),
+        (RefundPayment, REFUND | {"idempotency_key": ""}),
+        (RefundPayment, REFUND | {"reason": "x" * 201}),
+        (RefundPayment, REFUND | {"reason": "\x00"}),
+        (RefundPayment, {"id": "x", "amount": 1}),
         (GetPayments, {"limit": 101}),
         (GetPayments, {"user_id": "\x00"}),
     ],
@@ -90,7 +114,8 @@ def test_a_payload_that_does_not_fit_is_refused(shape: type, data: dict[str, Any
 
 
 @pytest.mark.parametrize(
-    "shape", [AuthorizePayment, CapturePayment, VoidPayment, GetPayment, GetPaymentByKey, GetPayments]
+    "shape",
+    [AuthorizePayment, CapturePayment, VoidPayment, RefundPayment, GetPayment, GetPaymentByKey, GetPayments],
 )
 def test_fields_that_a_caller_of_another_day_sends_are_ignored(shape: type) -> None:
     assert msgspec.convert(AUTHORIZE | {"id": "x", "from_tomorrow": True}, shape)

@@ -8,8 +8,9 @@ import pytest
 
 from microservices import RpcContext
 from users import handlers
-from users.contracts import CreateUser, DeleteUser, GetUser, GetUsers, GetUsersByIds, UpdateUser
+from users.contracts import CreateUser, DeleteUser, Everything, GetUser, GetUsers, GetUsersByIds, UpdateUser
 from users.models import Role, User
+from users.services import user_delete
 
 Register = Callable[[str], User]
 
@@ -62,6 +63,18 @@ def test_lists_name_their_items_and_the_next_page(register: Register) -> None:
 
 
 @pytest.mark.django_db(databases=["users"])
+def test_all_users_are_given_at_once_without_the_deleted(register: Register) -> None:
+    ada, ben, clara = register("Ada"), register("Ben"), register("Clara")
+    user_delete(user_id=ben.id)
+
+    everybody = ask(handlers.find_all, Everything, {})
+
+    assert [user["id"] for user in everybody["users"]] == [ada.id, clara.id]
+    assert everybody["next"] is None
+    assert everybody["users"][0] == ask(handlers.get_user, GetUser, {"id": ada.id})
+
+
+@pytest.mark.django_db(databases=["users"])
 def test_a_deletion_answers_with_nothing(register: Register) -> None:
     ada = register("Ada")
 
@@ -96,7 +109,7 @@ def test_a_payload_that_does_not_fit_is_refused(shape: type, data: dict[str, Any
         msgspec.convert(data, shape)
 
 
-@pytest.mark.parametrize("shape", [CreateUser, UpdateUser, GetUser, GetUsers, GetUsersByIds, DeleteUser])
+@pytest.mark.parametrize("shape", [CreateUser, UpdateUser, GetUser, GetUsers, GetUsersByIds, DeleteUser, Everything])
 def test_fields_that_a_caller_of_another_day_sends_are_ignored(shape: type) -> None:
     data = ADA | {"id": "x", "ids": [], "from_tomorrow": True}
 

@@ -7,7 +7,7 @@ import pytest
 from microservices import RpcException
 from microservices.ids import uuid7
 from users.models import User
-from users.selectors import user_get, user_list, user_list_by_ids
+from users.selectors import user_get, user_list, user_list_all, user_list_by_ids
 from users.services import user_delete
 
 pytestmark = pytest.mark.django_db(databases=["users"])
@@ -43,6 +43,7 @@ def test_a_deleted_user_is_nowhere_to_be_found(register: Register) -> None:
         user_get(user_id=ada.id)
 
     assert user_list().users == []
+    assert user_list_all() == []
     assert user_list_by_ids(user_ids=[ada.id]) == []
 
 
@@ -125,6 +126,15 @@ def test_a_list_gives_fifty_users_unless_asked_and_never_more_than_a_hundred() -
     assert len(by_default.users) == 50
     assert len(at_most.users) == 100
     assert at_most.next
+
+
+def test_all_users_at_once_are_the_thousand_oldest() -> None:
+    User.objects.bulk_create([User(name=f"{n:04}", email=f"{n}@example.org", password="!") for n in range(1001)])
+    oldest = list(User.objects.order_by("pk").values_list("name", flat=True))[:1000]
+
+    found = user_list_all()
+
+    assert names(found) == oldest
 
 
 def test_users_are_found_by_ids_in_the_order_asked_without_the_unknown(register: Register) -> None:
