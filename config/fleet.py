@@ -17,12 +17,18 @@ GRPC_PORT = 5000  # of a process that serves the gRPC of all services
 # Which RPC stands for which pattern, for callers whose <NAME>_URL is a grpc:// address.
 RPCS = {
     "users": {"get_user": "UsersService/FindOne", "create_user": "UsersService/CreateUser"},
-    "orders": {"get_order": "OrdersService/FindOne", "create_order": "OrdersService/CreateOrder"},
+    "orders": {
+        "get_order": "OrdersService/FindOne",
+        "create_order": "OrdersService/CreateOrder",
+        "cancel_order": "OrdersService/CancelOrder",
+    },
     "payments": {
         "authorize_payment": "PaymentsService/Authorize",
         "capture_payment": "PaymentsService/Capture",
         "void_payment": "PaymentsService/Void",
+        "refund_payment": "PaymentsService/Refund",
         "get_payment": "PaymentsService/FindOne",
+        "get_payment_by_key": "PaymentsService/FindByKey",
     },
 }
 

@@ -65,6 +65,7 @@ def get_payment(data: GetPayment, ctx: RpcContext) -> Payment:
 
 
 @message_pattern({"cmd": "get_payment_by_key"}, retry="safe")
+@grpc_method("PaymentsService", "FindByKey", retry="safe")
 def get_payment_by_key(data: GetPaymentByKey, ctx: RpcContext) -> Payment:
     """Return what became of a payment."""
     return payment_shown(services.payment_reconcile(key=data.idempotency_key))

@@ -193,6 +193,24 @@ def test_the_owner_of_a_taken_port_is_named(shop: Shop) -> None:
     assert f"cannot have port {shop.http_port}: it is taken by process {shop.processes[0].pid}" in second.output
 
 
+def test_an_order_is_paid_and_called_off_with_payments_reached_by_grpc(shop: Shop, valkey: Valkey) -> None:
+    shop.env |= {"REDIS_URL": valkey.url, "PAYMENTS_URL": f"grpc://127.0.0.1:{shop.env['PAYMENTS_GRPC_PORT']}"}
+    fleet(shop)
+
+    with httpx.Client(base_url=shop.url, timeout=20) as http:
+        user = http.get("/api/users", params={"limit": "1"}).json()["data"][0]
+        product = http.get("/api/products", params={"limit": "1"}).json()["data"][0]
+        declined = place(http, user["id"], product["id"], "tok_declined")
+        order = place(http, user["id"], product["id"], "tok_ok")
+        cancelled = http.post(f"/api/orders/{order.json()['id']}/cancel", json={"reason": "too late"})
+        unmapped = http.get("/api/payments")
+
+    assert (declined.status_code, declined.json()["code"]) == (402, "payment-declined")
+    assert (order.status_code, order.json()["status"]) == (201, "confirmed")
+    assert (cancelled.status_code, cancelled.json()["refunded"]) == (200, order.json()["total"])
+    assert (unmapped.status_code, unmapped.json()["code"]) == (501, "not-mapped")
+
+
 def place(http: httpx.Client, user: str, product: str, token: str, quantity: int = 1) -> httpx.Response:
     """Order one product."""
     lines = [{"product_id": product, "quantity": quantity}]
