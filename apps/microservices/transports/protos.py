@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -399,13 +398,3 @@ def _keep(path: Path, content: bytes) -> None:
     with open(descriptor, "wb") as file:
         file.write(content)
     os.replace(name, path)
-
-
-def snake_case(name: str) -> str:
-    """Return `FindOne` as `find_one`."""
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
-
-
-def camel_case(name: str) -> str:
-    """Return `find_one` as `FindOne`."""
-    return "".join(part[:1].upper() + part[1:] for part in name.split("_"))

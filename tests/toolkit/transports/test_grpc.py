@@ -19,7 +19,8 @@ from microservices.handlers import _DOORS, Colour, Handler, doors_of, grpc_metho
 from microservices.stubs import GrpcServices
 from microservices.transports import Address, protos
 from microservices.transports.base import ClientProxy, Status
-from microservices.transports.grpc import GrpcClient, GrpcServer, LocalGrpcClient, from_status, to_status
+from microservices.transports.grpc import GrpcClient, GrpcServer, LocalGrpcClient
+from microservices.transports.statuses import from_status, to_status
 from tests.toolkit.conftest import service
 from tests.toolkit.transports.contract import PATIENCE, RequestContract
 
