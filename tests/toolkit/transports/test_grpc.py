@@ -22,6 +22,7 @@ from microservices.transports.base import ClientProxy, Status
 from microservices.transports.grpc import GrpcClient, GrpcServer, LocalGrpcClient
 from microservices.transports.statuses import from_status, to_status
 from tests.toolkit.conftest import service
+from tests.toolkit.transports.certificates import Authority
 from tests.toolkit.transports.contract import PATIENCE, RequestContract
 
 PROTO = """
@@ -409,6 +410,46 @@ async def test_a_pattern_without_an_rpc_is_told_what_there_is(numbers_proto: Pat
     await client.close()
 
     assert caught.value.status_code == 501
+
+
+@pytest.mark.asyncio
+async def test_tls_is_spoken_with_those_whom_the_authority_knows(numbers_proto: Path, tmp_path: Path) -> None:
+    authority, stranger = Authority(tmp_path), Authority(tmp_path.parent)
+    server_side = {**authority.issue("numbers")._asdict(), "cafile": authority.cafile}
+    friend = {**authority.issue("caller")._asdict(), "cafile": authority.cafile}
+    server = GrpcServer(address(0, numbers_proto, **server_side)._replace(scheme="grpcs"), service(square))
+    await server.listen()
+    outcomes = []
+    try:
+        async with asyncio.timeout(PATIENCE):
+            for options in (
+                friend,
+                {**friend, "server_name": "numbers"},
+                {"cafile": authority.cafile},
+                {**friend, "cafile": stranger.cafile},
+            ):
+                secure = address(server.port, numbers_proto, **options)._replace(scheme="grpcs")
+                async with calling(lambda secure=secure: GrpcClient(secure, "numbers"), numbers_proto) as numbers:
+                    try:
+                        outcomes.append((await numbers.Square({"value": 3}))["value"])
+                    except RpcException as error:
+                        outcomes.append(error.status_code)
+    finally:
+        await server.close(0)
+
+    assert outcomes == [9, 9, 503, 503]
+
+
+def test_grpcs_without_a_certificate_is_refused(numbers_proto: Path) -> None:
+    server = GrpcServer(address(0, numbers_proto)._replace(scheme="grpcs"), service(square))
+    unreadable = GrpcServer(
+        address(0, numbers_proto, certfile="no", keyfile="no")._replace(scheme="grpcs"), service(square)
+    )
+
+    with pytest.raises(ConfigurationError, match="needs a certfile and a keyfile"):
+        asyncio.run(server.listen())
+    with pytest.raises(ConfigurationError, match="keyfile 'no' cannot be read"):
+        asyncio.run(unreadable.listen())
 
 
 def test_handlers_and_rpcs_that_stream_differently_are_refused(numbers_proto: Path) -> None:
