@@ -72,6 +72,17 @@ class Executor:
         """Whether a thread is still at work."""
         return bool(self._unfinished)
 
+    async def idle(self, grace: float) -> bool:
+        """Wait until no thread is at work, at most `grace` seconds; return whether none is.
+
+        A handler whose caller has given up is waited for here alone: its task has ended long ago.
+        """
+        end = time.monotonic() + grace
+        while self._unfinished and time.monotonic() < end:
+            running = [asyncio.wrap_future(future) for future in list(self._unfinished)]
+            await asyncio.wait(running, timeout=end - time.monotonic())
+        return not self._unfinished
+
     def close(self) -> None:
         """Let running handlers finish and start no more; those that wait fail with Unavailable."""
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -17,7 +17,7 @@ from . import transports
 from .client import Client, clients
 from .conf import Settings, get_settings
 from .discovery.registry import Heartbeat, Report
-from .microservice import Microservice, get_microservice, services_here
+from .microservice import Microservice, get_executor, get_microservice, services_here
 from .reports import Reporter
 from .transports.base import Server
 
@@ -123,6 +123,7 @@ class Lifecycle:
 
     async def stop(self) -> None:
         """Close all connections to others. Call it after `drain` and after the last HTTP request."""
+        await get_executor().idle(self.remaining)
         await self._end_the_beat()
         await clients.close()
         for microservice in self.microservices:

@@ -9,8 +9,12 @@ import subprocess
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
+import grpc
 import pytest
 import pytest_asyncio
+from google.protobuf.descriptor_pool import DescriptorPool
+from google.protobuf.message_factory import GetMessageClass
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from microservices import DeadlineExceeded, NoHandler, RpcException
 from microservices.client import Client
@@ -136,6 +140,56 @@ async def test_nest_is_told_at_once_of_a_stream_of_what_is_not_there(nest: NestC
     answer = await nest.call("OrdersService", "watchOrder", {"id": "nope"})
 
     assert (answer.values, answer.error["code"]) == ([], 5)
+
+
+async def test_nest_is_told_of_a_service_that_we_do_not_serve_here(shop: Shop) -> None:
+    shop.start("grpcserve", "users").until_says("ready")
+    async with nest_client(int(shop.env["USERS_GRPC_PORT"]), "grpc", "grpc-client.js") as nest:
+        served = await nest.call("UsersService", "findAll", {})
+        unserved = await nest.call("OrdersService", "findOne", {"id": "1"})
+
+    assert served.error is None
+    assert (unserved.values, unserved.error["code"]) == ([], 12)  # UNIMPLEMENTED
+
+
+async def test_nest_gets_each_of_200_concurrent_answers_for_its_own_call(nest: NestClient) -> None:
+    [everyone] = (await nest.call("UsersService", "findAll", {})).values
+    asked = [everyone["users"][number % 30] for number in range(200)]
+
+    answers = await asyncio.gather(*(nest.call("UsersService", "findOne", {"id": user["id"]}) for user in asked))
+
+    assert [answer.values for answer in answers] == [[user] for user in asked]
+
+
+# Any other client calls us: it knows no .proto file
+
+
+async def test_a_client_without_our_proto_files_learns_them_from_us(shop: Shop) -> None:
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{shop.grpc_port}") as channel:
+        listed = await reflected(channel, list_services="")
+        described = await reflected(channel, file_containing_symbol="users.UsersService")
+        pool = DescriptorPool()
+        for file in described.file_descriptor_response.file_descriptor_proto:
+            pool.AddSerializedFile(file)
+        nothing, users = (GetMessageClass(pool.FindMessageTypeByName(f"users.{name}")) for name in ("Empty", "Users"))
+        find_all = channel.unary_unary("/users.UsersService/FindAll", response_deserializer=users.FromString)
+        everyone = await find_all(nothing().SerializeToString(), timeout=5)
+
+    assert {service.name for service in listed.list_services_response.service} >= {
+        "grpc.health.v1.Health",
+        "orders.OrdersService",
+        "payments.PaymentsService",
+        "users.UsersService",
+    }
+    assert len(everyone.users) >= 30
+
+
+async def reflected(channel: grpc.aio.Channel, **question: str) -> Any:
+    """Ask a server about itself."""
+    stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
+    request = reflection_pb2.ServerReflectionRequest(**question)
+    [answer] = [answer async for answer in stub.ServerReflectionInfo(iter([request]), timeout=5)]
+    return answer
 
 
 # We call NestJS

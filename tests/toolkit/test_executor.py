@@ -147,6 +147,24 @@ async def test_a_caller_who_gives_up_does_not_stop_a_running_job(gate: threading
 
 
 @pytest.mark.asyncio
+async def test_a_job_whose_caller_gave_up_is_waited_for_when_the_process_ends(gate: threading.Event) -> None:
+    executor, started = Executor(1), threading.Event()
+
+    def slow() -> None:
+        started.set()
+        gate.wait(PATIENCE)
+
+    call = asyncio.create_task(executor.run(slow, context()))
+    await asyncio.to_thread(started.wait, PATIENCE)
+    call.cancel()
+    too_short = await executor.idle(0.05)
+    asyncio.get_running_loop().call_later(0.05, gate.set)
+    long_enough = await executor.idle(PATIENCE)
+
+    assert (too_short, long_enough, executor.busy) == (False, True, False)
+
+
+@pytest.mark.asyncio
 async def test_too_many_waiting_jobs_refuse_the_next_until_there_is_room(gate: threading.Event) -> None:
     executor = Executor(2, limit=3)
     tasks = [asyncio.create_task(executor.run(gate.wait, context())) for _ in range(5)]

@@ -124,8 +124,8 @@ class GrpcServer(Server):
         status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
         for name in ("", *self._services):
             await self._health.set(name, status)
-        if ready and self.options.reflection and self._server is not None:
-            self._reflect(self._server)
+        if ready and self.options.reflection:
+            self._reflect()
 
     async def close(self, grace: float) -> None:
         if self._server is not None:
@@ -160,20 +160,28 @@ class GrpcServer(Server):
         credentials = grpc.ssl_server_credentials([(key, certificate)], authority, authority is not None)
         return int(server.add_secure_port(where, credentials))
 
-    def _reflect(self, server: grpc.aio.Server) -> None:
+    def _reflect(self) -> None:
         from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-        own = [health.SERVICE_NAME, reflection.SERVICE_NAME]
         for file in (health_pb2.DESCRIPTOR, reflection_pb2.DESCRIPTOR):
             self._protos.pool.AddSerializedFile(file.serialized_pb)
-        reflection.enable_server_reflection([*self._services, *own], server, self._protos.pool)
+        names = [*self._services, health.SERVICE_NAME, reflection.SERVICE_NAME]
+        servicer = reflection.aio.ReflectionServicer(names, pool=self._protos.pool)
+        # By our own router: grpc takes its handlers before the start only, when not all services have joined.
+        self._router.handlers[f"/{reflection.SERVICE_NAME}/ServerReflectionInfo"] = (
+            grpc.stream_stream_rpc_method_handler(
+                servicer.ServerReflectionInfo,
+                reflection_pb2.ServerReflectionRequest.FromString,
+                reflection_pb2.ServerReflectionResponse.SerializeToString,
+            )
+        )
 
 
 class _Router(grpc.GenericRpcHandler):
     """Finds what answers a path; a service may join while the server runs."""
 
     def __init__(self) -> None:
-        self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
+        self.handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
 
     def add(self, method: Method, endpoint: _Endpoint) -> None:
         kinds = {
@@ -182,10 +190,10 @@ class _Router(grpc.GenericRpcHandler):
             (True, False): grpc.stream_unary_rpc_method_handler,
             (True, True): grpc.stream_stream_rpc_method_handler,
         }
-        self._handlers[method.path] = kinds[method.client_streaming, method.server_streaming](endpoint.serve)
+        self.handlers[method.path] = kinds[method.client_streaming, method.server_streaming](endpoint.serve)
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
-        return self._handlers.get(handler_call_details.method)
+        return self.handlers.get(handler_call_details.method)
 
 
 class _Endpoint:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ from microservices.client import Client
 from microservices.conf import get_settings
 from microservices.discovery.registry import Report
 from microservices.lifecycle import Lifecycle, State, _bus_for_beats
-from microservices.microservice import get_microservice
+from microservices.microservice import get_executor, get_microservice
 from microservices.transports import Transport, parse
 from microservices.transports.base import Server, Status
 from microservices.transports.tcp import TcpClient
@@ -156,6 +157,33 @@ async def test_a_process_that_drains_finishes_what_it_has_begun_and_takes_nothin
     assert waits
     assert await answer == "done"
     await caller.close()
+
+
+async def test_a_process_ends_when_the_work_of_callers_who_gave_up_has(
+    install: Install, settings: Settings, gate: threading.Event
+) -> None:
+    started = threading.Event()
+
+    @message_pattern("slow")
+    def slow() -> None:
+        started.set()
+        gate.wait(10)
+
+    install(shop=[slow])
+    process = Lifecycle()
+    await process.start()
+    call = asyncio.create_task(clients["shop"].send("slow"))
+    await asyncio.to_thread(started.wait, 10)
+    call.cancel()
+    await process.drain()
+    stopping = asyncio.create_task(process.stop())
+    await turn()
+    waits = not stopping.done()
+    gate.set()
+    await stopping
+
+    assert waits
+    assert not get_executor().busy
 
 
 async def test_a_handler_that_outlasts_the_drain_timeout_is_cancelled(

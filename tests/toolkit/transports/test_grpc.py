@@ -10,6 +10,7 @@ import grpc
 import msgspec
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from microservices.client import Client
 from microservices.context import RpcContext
@@ -530,3 +531,34 @@ def test_a_foreign_status_has_a_status_code(code: grpc.StatusCode, status: int) 
 def failed(code: grpc.StatusCode, details: str, trailing: Any) -> grpc.aio.AioRpcError:
     """Return what a client is told of a call."""
     return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(*trailing), details)
+
+
+@pytest.mark.asyncio
+async def test_reflection_tells_of_all_services_that_have_joined(
+    numbers_proto: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (numbers_proto / "more.proto").write_text(NUMBERS.replace("package numbers", "package more"), encoding="utf-8")
+    described = reflection_pb2.ServerReflectionRequest(list_services="")
+    found = reflection_pb2.ServerReflectionRequest(file_containing_symbol="more.Number")
+
+    @grpc_method("numbers.Numbers", "Square")
+    def one(data: Number) -> Number:
+        return data
+
+    @grpc_method("more.Numbers", "Square")
+    def two(data: Number) -> Number:
+        return data
+
+    async with (
+        serving(numbers_proto, one, reflection=True) as server,
+        grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel,
+    ):
+        await server.join(service(two, name="more"))
+        await server.announce(True)
+        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        answers = [answer async for answer in stub.ServerReflectionInfo(iter([described, found]))]
+
+    names = {listed.name for listed in answers[0].list_services_response.service}
+    assert names >= {"numbers.Numbers", "more.Numbers", "grpc.health.v1.Health"}
+    assert b"more" in answers[1].file_descriptor_response.file_descriptor_proto[0]
+    assert "Cannot register" not in caplog.text
