@@ -562,3 +562,43 @@ async def test_reflection_tells_of_all_services_that_have_joined(
     assert names >= {"numbers.Numbers", "more.Numbers", "grpc.health.v1.Health"}
     assert b"more" in answers[1].file_descriptor_response.file_descriptor_proto[0]
     assert "Cannot register" not in caplog.text
+
+
+@pytest.mark.asyncio
+async def test_metadata_over_the_limit_is_refused_alone(numbers_proto: Path) -> None:
+    async with (
+        serving(numbers_proto, square, max_metadata_size=1024) as server,
+        grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel,
+    ):
+        call = channel.unary_unary("/numbers.Numbers/Square")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call(b"\x08\x03", metadata=(("large", "x" * 4096),))
+        answer = await call(b"\x08\x03")
+
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert answer == b"\x08\x09"
+
+
+@pytest.mark.asyncio
+async def test_calls_over_the_limit_are_refused_at_once(numbers_proto: Path) -> None:
+    started, go_on = asyncio.Event(), asyncio.Event()
+
+    @grpc_method("Numbers", "Square")
+    async def slow(data: Number) -> Number:
+        started.set()
+        await go_on.wait()
+        return data
+
+    async with (
+        serving(numbers_proto, slow, max_in_flight=1) as server,
+        grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel,
+    ):
+        call = channel.unary_unary("/numbers.Numbers/Square")
+        first = call(b"\x08\x03")
+        await started.wait()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call(b"\x08\x03")
+        go_on.set()
+
+        assert await first == b"\x08\x03"
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
