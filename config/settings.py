@@ -76,7 +76,7 @@ def grpc_url(name: str) -> str:
 
 def served_at(url: str) -> str:
     """Return a gRPC URL as its server takes it: in development it also tells what it can."""
-    return f"{url}?reflection=true" if url and DEBUG and "?" not in url else url
+    return f"{url}?reflection=true" if url.startswith("grpc") and DEBUG and "?" not in url else url
 
 
 def place(name: str) -> dict[str, Any]:
@@ -93,7 +93,10 @@ PLACES = {name: place(name) for name in fleet.SERVICES}
 MICROSERVICES = {
     "NAME": HERE[0] if len(HERE) == 1 else "shop",
     "CLIENTS": {name: {**PLACES[name], "rpcs": fleet.RPCS.get(name, {})} for name in PLACES},
-    "SERVERS": {name: {**PLACES[name], "grpc": served_at(PLACES[name]["grpc"])} for name in SERVICES},
+    "SERVERS": {
+        name: {**PLACES[name], "url": served_at(PLACES[name]["url"]), "grpc": served_at(PLACES[name]["grpc"])}
+        for name in SERVICES
+    },
     "HTTP_PORT": int(number("HTTP_PORT", number("PORT", fleet.HTTP_PORT))),
     "PROTO_PATH": [str(BASE_DIR / "proto")],
     "GRPC_PORT": int(number("GRPC_PORT", fleet.GRPC_PORT)),

@@ -73,7 +73,7 @@ def check_patterns(**_: Any) -> list[checks.CheckMessage]:
         owners: dict[str, str] = {}
         for handler in registry.of(service):
             for door in handler.doors:
-                if door.kind == "event":
+                if door.kind != "request":
                     continue
                 other = owners.setdefault(door.route, handler.name)
                 if other != handler.name:
@@ -84,7 +84,7 @@ def check_patterns(**_: Any) -> list[checks.CheckMessage]:
 
 @checks.register("microservices")
 def check_rpcs(**_: Any) -> list[checks.CheckMessage]:
-    """E009: every gRPC method, and every RPC that a client's patterns are mapped to, is in a .proto file, and fits."""
+    """E009: a gRPC method, or an RPC that patterns are mapped to, is in a .proto file. E003: it is declared once."""
     try:
         settings = get_settings()
     except ConfigurationError:
@@ -103,11 +103,19 @@ def check_rpcs(**_: Any) -> list[checks.CheckMessage]:
     except (ConfigurationError, ImportError) as error:
         return [checks.Error(str(error), id="microservices.E009")]
     errors: list[checks.CheckMessage] = []
+    owners: dict[str, str] = {}
     for handler, door in doors:
         try:
-            check(handler, files.method(door.route))
+            method = files.method(door.route)
+            check(handler, method)
         except ConfigurationError as error:
             errors.append(checks.Error(f"{handler.name}: {error}", id="microservices.E009"))
+            continue
+        # With and without its package, a service has two names.
+        other = owners.setdefault(method.path, handler.name)
+        if other != handler.name:
+            text = f"{other} and {handler.name} both answer {method.path}."
+            errors.append(checks.Error(text, id="microservices.E003"))
     for name, path in mapped:
         try:
             files.method(path)

@@ -13,9 +13,8 @@ from django.utils.module_loading import import_string
 
 from . import transports
 from .exceptions import ConfigurationError
-from .transports import Address
+from .transports import Address, Seconds
 
-Seconds = Annotated[float, msgspec.Meta(gt=0)]
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 
 PRIVATE_NETWORKS = ("127.0.0.0/8", "::1/128", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7")
@@ -90,11 +89,16 @@ def address(url: str, **options: Any) -> Address:
     """Return the address of a URL, with what its transport is told beside it. Raises ConfigurationError."""
     parsed = transports.parse(url)
     if parsed.scheme in ("grpc", "grpcs"):
-        settings = get_settings()
-        options |= {"proto_path": settings.proto_path, "cache": str(Path(settings.data_dir, "protos"))}
+        options |= proto_options()
     else:
         options.pop("rpcs", None)
     return parsed._replace(options={**options, **parsed.options})
+
+
+def proto_options() -> dict[str, Any]:
+    """Return where the .proto files are, and where what is made of them is kept."""
+    settings = get_settings()
+    return {"proto_path": settings.proto_path, "cache": str(Path(settings.data_dir, "protos"))}
 
 
 @cache

@@ -108,7 +108,9 @@ class RpcContext:
 
     def inherited(self) -> dict[str, str]:
         """Return the metadata that calls made on behalf of this message carry on."""
-        return {key: value for key in _INHERITED if isinstance(value := self.metadata.get(key), str)}
+        return {
+            key: value for key in _INHERITED if isinstance(value := self.metadata.get(key), str) and value.isprintable()
+        }
 
 
 @contextmanager

@@ -17,7 +17,6 @@ from health_check import HealthCheck
 from health_check.exceptions import ServiceUnavailable, ServiceWarning
 from health_check.views import HealthCheckView
 
-from .conf import get_settings
 from .context import RpcContext
 from .db import fresh_connections
 from .executor import Executor
@@ -46,7 +45,7 @@ class Doors(HealthCheck):
         return "doors"
 
     async def run(self) -> None:
-        for microservice in lifecycle.microservices if get_settings().listen else ():
+        for microservice in lifecycle.microservices:
             for server in microservice.servers:
                 if server.opens_port and server.status is not Status.CONNECTED:
                     raise ServiceUnavailable(f"{microservice.name} {server.address}: {server.status}")
@@ -155,7 +154,8 @@ def _detail(error: Exception | None) -> dict[str, str]:
 
 
 def _service(microservice: Microservice) -> dict[str, Any]:
-    servers = {str(server.address): str(server.status) for server in microservice.servers}
+    doors = (*microservice.servers, *microservice.shared)
+    servers = {str(server.address): str(server.status) for server in doors}
     return {"name": microservice.name, "transports": servers}
 
 

@@ -97,7 +97,11 @@ class Lifecycle:
             if urls is None or microservice.name in urls:
                 open_urls[microservice.name] = opened
             await microservice.listen(opened, doors)
-            logger.info("%s lives here%s", microservice.name, "" if microservice.servers else ", its doors closed")
+            logger.info(
+                "%s lives here%s",
+                microservice.name,
+                "" if microservice.servers or microservice.shared else ", its doors closed",
+            )
         self.state = State.READY
         self.started = True
         await self._announce(True)

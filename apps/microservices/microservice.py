@@ -36,6 +36,8 @@ class Microservice:
         self.events_url = events_url
         self._address = address
         self.servers: list[Server] = []
+        self.shared: list[Server] = []
+        """Doors that another service of this process has opened, and will close."""
 
     async def listen(self, urls: Sequence[str] | None = None, doors: dict[str, Server] | None = None) -> None:
         """Hear the bus, and open the doors: all, or those of `urls`.
@@ -45,27 +47,36 @@ class Microservice:
         """
         for mailbox in self.mailboxes:
             mailbox.open()
-        doors = {} if doors is None else doors
-        for address, role in self._addresses(self.urls if urls is None else urls):
-            if role == "server" and str(address) in doors:
-                await doors[str(address)].join(self.dispatcher)
-                logger.info("%s shares %s", self.name, address)
-                continue
-            server: Server = transports.load(address, role)(address, self.dispatcher)
-            try:
-                await server.listen()
-            except OSError as error:
-                await self.close(0)
-                reason = error.strerror or error
-                raise ConfigurationError(f"{self.name} cannot listen on {address}: {reason}") from error
-            self.servers.append(server)
-            if server.shared:
-                doors[str(address)] = server
-            logger.info("%s listens on %s", self.name, address)
+        open_doors = {} if doors is None else doors
+        try:
+            for address, role in self._addresses(self.urls if urls is None else urls):
+                if role == "server" and str(address) in open_doors:
+                    await self._share(open_doors[str(address)])
+                else:
+                    await self._open(address, role, open_doors)
+        except BaseException:
+            await self.close(0)
+            raise
+
+    async def _share(self, server: Server) -> None:
+        await server.join(self.dispatcher)
+        self.shared.append(server)
+        logger.info("%s shares %s", self.name, server.address)
+
+    async def _open(self, address: Address, role: Role, doors: dict[str, Server]) -> None:
+        server: Server = transports.load(address, role)(address, self.dispatcher)
+        try:
+            await server.listen()
+        except OSError as error:
+            raise ConfigurationError(f"{self.name} cannot listen on {address}: {error.strerror or error}") from error
+        self.servers.append(server)
+        if server.shared:
+            doors[str(address)] = server
+        logger.info("%s listens on %s", self.name, address)
 
     async def close(self, grace: float) -> None:
         """Close all doors; running handlers have `grace` seconds to finish."""
-        servers, self.servers = self.servers, []
+        servers, self.servers, self.shared = self.servers, [], []
         await asyncio.gather(*(server.close(grace) for server in servers))
 
     async def finish(self) -> None:
@@ -124,5 +135,6 @@ def _doors(name: str, dispatcher: Dispatcher) -> Iterator[str]:
     if place is None:
         return  # an app beside the map only hears events
     yield place.url
-    if place.grpc and dispatcher.methods and transports.parse(place.grpc).port != transports.parse(place.url).port:
+    own, other = (transports.parse(url).place if url else "" for url in (place.url, place.grpc))
+    if other and dispatcher.methods and other != own:
         yield place.grpc

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .conf import address, get_settings
+from .conf import address, get_settings, proto_options
 from .exceptions import ConfigurationError
 from .microservice import get_microservice
 from .transports import Address, load
@@ -75,14 +75,14 @@ def where(service: str) -> Address:
     url = place.grpc or (place.url if place.url.startswith("grpc") else "")
     if not url:
         raise ConfigurationError(f"MICROSERVICES['CLIENTS'][{service!r}] has no `grpc` address.")
-    return address(url, rpcs=place.rpcs)
+    return address(url)
 
 
 def proto_files() -> Protos:
     """Return the .proto files of PROTO_PATH. Raises ConfigurationError for files that cannot be read."""
     from .transports import protos
 
-    told = address("grpc://127.0.0.1:1").options
+    told = proto_options()
     return protos.load(tuple(told["proto_path"]), told["cache"])
 
 

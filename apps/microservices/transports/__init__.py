@@ -78,9 +78,14 @@ class Address(NamedTuple):
     password: str = ""
     path: str = ""
 
+    @property
+    def place(self) -> str:
+        """Host and port, an IPv6 address in brackets."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
     def __str__(self) -> str:
         # For people and logs: without credentials.
-        return f"{self.scheme}://{self.host}:{self.port}" if self.host else f"{self.scheme}://"
+        return f"{self.scheme}://{self.place}" if self.host else f"{self.scheme}://"
 
     def __repr__(self) -> str:
         return f"<Address {self}>"

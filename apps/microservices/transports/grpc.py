@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterator, Mapping
+import socket
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 import grpc
 import msgspec
+from google.protobuf import descriptor_pool
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from msgspec import UNSET, Raw
 
 from .. import codec
 from ..context import RpcContext
 from ..dispatcher import Dispatcher, Route
-from ..exceptions import ConfigurationError, DeadlineExceeded, NoHandler, RpcException, Unavailable
+from ..exceptions import ConfigurationError, DeadlineExceeded, InvalidPayload, NoHandler, RpcException, Unavailable
 from ..handlers import Colour, Handler
 from ..packets import Event, Packet, Reply, Request, Response, pattern_name
 from . import Address, Count, Seconds, protos, read_options
@@ -94,21 +97,20 @@ class GrpcServer(Server):
         self._router = _Router()
         self._services: set[str] = set()
         self._server: grpc.aio.Server | None = None
-        self._health: Any = None
+        self._health = _Health()
 
     async def listen(self) -> None:
         await self.join(self.dispatcher)
         server = grpc.aio.server(options=self._settings(), maximum_concurrent_rpcs=self.options.max_in_flight)
-        server.add_generic_rpc_handlers((self._router,))
-        self._health = health.aio.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         try:
-            self.port = self._bind(server)
-        except RuntimeError as error:
+            server.add_generic_rpc_handlers((self._router,))
+            health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+            await self._bind(server)
+            await self.announce(False)
+            await server.start()
+        except BaseException:
             await server.stop(None)
-            raise OSError(errno.EADDRINUSE, "the port is taken, or the address is not one of this machine") from error
-        await self.announce(False)
-        await server.start()
+            raise
         self._server = server
         self.status = Status.CONNECTED
 
@@ -128,6 +130,7 @@ class GrpcServer(Server):
             self._reflect()
 
     async def close(self, grace: float) -> None:
+        self._health.part()
         if self._server is not None:
             await self._server.stop(grace)
         await self.finish(0)
@@ -149,24 +152,40 @@ class GrpcServer(Server):
             ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
         ]
 
-    def _bind(self, server: grpc.aio.Server) -> int:
-        where = f"[{self.address.host}]" if ":" in self.address.host else self.address.host
-        where = f"{where}:{self.address.port}"
-        if self.address.scheme != "grpcs":
-            return int(server.add_insecure_port(where))
+    async def _bind(self, server: grpc.aio.Server) -> None:
+        credentials = self._credentials() if self.address.scheme == "grpcs" else None
+        host, port = self.address.host, self.address.port
+        # One by one: asked for a name, grpc is content with any one of its addresses.
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        places = list(dict.fromkeys((family, str(place[0])) for family, *_, place in found))
+        for family, ip in places:
+            where = self.address._replace(host=ip).place
+            try:
+                self.port = (
+                    server.add_secure_port(where, credentials) if credentials else server.add_insecure_port(where)
+                )
+            except RuntimeError as error:
+                if family == socket.AF_INET6 and len(places) > 1:
+                    continue  # a machine may know the name, and speak no IPv6
+                reason = "the port is taken, the address is not of this machine, or the certificate cannot be used"
+                raise OSError(errno.EADDRINUSE, reason) from error
+
+    def _credentials(self) -> grpc.ServerCredentials:
         key, certificate, authority = (self.options.pem(name) for name in ("keyfile", "certfile", "cafile"))
         if key is None or certificate is None:
             raise ConfigurationError(f"{self.address}: grpcs:// needs a certfile and a keyfile.")
-        credentials = grpc.ssl_server_credentials([(key, certificate)], authority, authority is not None)
-        return int(server.add_secure_port(where, credentials))
+        return grpc.ssl_server_credentials([(key, certificate)], authority, authority is not None)
 
     def _reflect(self) -> None:
         from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-        for file in (health_pb2.DESCRIPTOR, reflection_pb2.DESCRIPTOR):
-            self._protos.pool.AddSerializedFile(file.serialized_pb)
+        # A pool of its own, in which a project's copy of health.proto may stand already.
+        pool = descriptor_pool.DescriptorPool()
+        for file in (*self._protos.files, health_pb2.DESCRIPTOR.serialized_pb, reflection_pb2.DESCRIPTOR.serialized_pb):
+            with suppress(TypeError):
+                pool.AddSerializedFile(file)
         names = [*self._services, health.SERVICE_NAME, reflection.SERVICE_NAME]
-        servicer = reflection.aio.ReflectionServicer(names, pool=self._protos.pool)
+        servicer = reflection.aio.ReflectionServicer(names, pool=pool)
         # By our own router: grpc takes its handlers before the start only, when not all services have joined.
         self._router.handlers[f"/{reflection.SERVICE_NAME}/ServerReflectionInfo"] = (
             grpc.stream_stream_rpc_method_handler(
@@ -175,6 +194,34 @@ class GrpcServer(Server):
                 reflection_pb2.ServerReflectionResponse.SerializeToString,
             )
         )
+
+
+class _Health(health.aio.HealthServicer):
+    """grpc's own health service, whose watchers do not hold up the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._watchers: set[asyncio.Task[None]] = set()
+        self._parting = False
+
+    async def Watch(self, request: Any, context: Any) -> None:
+        """Tell the state, and each change of it."""
+        watching = asyncio.create_task(super().Watch(request, context))
+        self._watchers.add(watching)
+        try:
+            await watching
+        except asyncio.CancelledError:
+            if not self._parting:
+                raise
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "This process ends.")
+        finally:
+            self._watchers.discard(watching)
+
+    def part(self) -> None:
+        """End all watching."""
+        self._parting = True
+        for watching in self._watchers:
+            watching.cancel()
 
 
 class _Router(grpc.GenericRpcHandler):
@@ -190,6 +237,8 @@ class _Router(grpc.GenericRpcHandler):
             (True, False): grpc.stream_unary_rpc_method_handler,
             (True, True): grpc.stream_stream_rpc_method_handler,
         }
+        if method.path in self.handlers:
+            raise ConfigurationError(f"Two handlers answer {method.path}.")
         self.handlers[method.path] = kinds[method.client_streaming, method.server_streaming](endpoint.serve)
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
@@ -207,7 +256,7 @@ class _Endpoint:
 
     async def serve(self, request: Any, native: grpc.aio.ServicerContext[Any, Any]) -> bytes | None:
         """Answer one call; `request` is a message's bytes, or an iterator of them."""
-        answer = _Answer(self._method, native.write)
+        answer = _Answer(self._method, partial(_put, native))
         try:
             data = requests(self._method, request)
         except RpcException as error:
@@ -221,35 +270,60 @@ class _Endpoint:
             )
             if task is not None:
                 await task  # cancelled with this call: by its peer, or at its deadline
+        if isinstance(answer.error, _CallerLeft):
+            return None
         if answer.error is not None:
             status, details, trailing = to_status(answer.error)
             await native.abort(status, details, (*(native.trailing_metadata() or ()), *trailing))
-        for body in answer.bodies[: len(answer.bodies) if self._method.server_streaming else 0]:
-            await native.write(body)
-        return None if self._method.server_streaming else answer.bodies[0]
+        if not self._method.server_streaming:
+            return answer.bodies[0]
+        for body in answer.bodies:
+            await _put(native, body)
+        return None
+
+
+class _CallerLeft(RpcException):
+    """499: nobody is there to take the answer."""
+
+    def __init__(self) -> None:
+        super().__init__({"statusCode": 499, "code": "caller-left", "message": "The caller has left."})
+
+
+async def _put(native: grpc.aio.ServicerContext[Any, Any], body: bytes) -> None:
+    try:
+        await native.write(body)
+    except grpc.aio.InternalError as error:  # the peer has left, and grpc has not told yet
+        raise _CallerLeft() from error
 
 
 class _Answer:
-    """What a handler answers, packet by packet."""
+    """What a handler answers, packet by packet; `put` hands on one value of a stream."""
 
-    def __init__(self, method: Method, write: Callable[[bytes], Any]) -> None:
+    def __init__(self, method: Method, put: Callable[[bytes], Awaitable[None] | None]) -> None:
         self._method = method
-        self._write = write
+        self._put = put
         self.bodies: list[bytes] = []
+        """What is left to hand on when the handler is done: one value, or the list that a `def` gives to a stream."""
         self.error: RpcException | None = None
 
-    def take(self, response: Response) -> Any:
-        """Take one packet; gives the writing to wait for. Raises InvalidPayload for an answer that does not fit."""
+    def take(self, response: Response) -> Awaitable[None] | None:
+        """Take one packet; gives the handing on to wait for. Raises TypeError for an answer that does not fit."""
         if response.err is not UNSET:
             self.error = RpcException.from_wire(response.err)
         elif response.response is not UNSET:
             values = plain(response.response)
             if self._method.server_streaming and response.is_disposed is not True:
-                return self._write(self._method.response.encode(values))
-            # A whole list at once is what a `def` handler gives to a stream.
-            together = values if self._method.server_streaming and isinstance(values, list) else [values]
-            self.bodies = [self._method.response.encode(value) for value in together]
+                return self._put(self._written(values))
+            together = self._method.server_streaming and isinstance(values, list | tuple)
+            self.bodies = [self._written(value) for value in (values if together else [values])]
         return None
+
+    def _written(self, value: Any) -> bytes:
+        try:
+            return self._method.response.encode(value)
+        except InvalidPayload as error:  # the handler's fault, not the caller's
+            where = "".join(field["pointer"] for field in error.errors)
+            raise TypeError(f"The answer to {self._method.path} does not fit at {where or '/'}: {error}") from error
 
 
 def check(handler: Handler, method: Method) -> None:
@@ -304,6 +378,7 @@ class _Running:
     def __init__(self) -> None:
         self.call: Any = None
         self.error: Exception | None = None
+        self._reading: asyncio.Task[Any] | None = None
 
     def fail(self, error: RpcException) -> None:
         self.error = error
@@ -311,12 +386,19 @@ class _Running:
 
     async def noting(self, bodies: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         """Pass on what is to be sent; grpc itself only cancels a call whose requests fail."""
+        self._reading = asyncio.current_task()
         try:
             async for body in bodies:
                 yield body
         except Exception as error:
             self.error = error
             raise
+
+    def end(self) -> None:
+        """Leave the call. grpc goes on taking requests of one that is answered already."""
+        self.call.cancel()
+        if self._reading is not None:
+            self._reading.cancel()
 
 
 def rpc(files: Protos, rpcs: Mapping[str, str], route: str, service: str) -> Method:
@@ -432,8 +514,7 @@ class GrpcClient(ClientProxy):
         ]
         if options.keepalive is not None:
             settings += [("grpc.keepalive_time_ms", int(options.keepalive * 1000)), ("grpc.keepalive_timeout_ms", 5000)]
-        host = f"[{self.address.host}]" if ":" in self.address.host else self.address.host
-        where = f"{host}:{self.address.port}"
+        where = self.address.place
         if self.address.scheme != "grpcs":
             return grpc.aio.insecure_channel(where, settings)
         if options.server_name:
@@ -489,7 +570,7 @@ class GrpcClient(ClientProxy):
             raise
         finally:
             self._pending.pop(context.id or "", None)
-            running.call.cancel()  # nothing happens to a call that is done
+            running.end()
 
     def _failed(self, error: grpc.aio.AioRpcError) -> RpcException:
         if error.code() is grpc.StatusCode.UNAVAILABLE and self.status is Status.CONNECTED:
@@ -515,39 +596,36 @@ class LocalGrpcClient(LocalClient):
         )
         metadata = {} if request.metadata is UNSET else request.metadata
         packet = Packet(data=data, metadata=dict(metadata), id=Raw(codec.encode(request.id)))
-        answer = _LocalAnswer(self, method, request.id)
+        receive = partial(self._receive, method, request.id)
+        answer = _Answer(method, receive)
         task = self._dispatcher.dispatch(
             packet, answer.take, transport=self.scheme, peer="", route=self._routes[method.path]
         )
+        working = asyncio.get_running_loop().create_task(self._finish(request.id, task, answer, receive))
+        self._requests[request.id] = working
+        working.add_done_callback(lambda _: self._requests.pop(request.id, None))
+
+    def _receive(self, method: Method, id: str, body: bytes) -> asyncio.Future[None] | None:
+        return self.receive(Reply(id=id, response=_json(method, body)))
+
+    async def _finish(
+        self,
+        id: str,
+        task: asyncio.Task[Any] | None,
+        answer: _Answer,
+        receive: Callable[[bytes], asyncio.Future[None] | None],
+    ) -> None:
         if task is not None:
-            self._requests[request.id] = task
-            task.add_done_callback(lambda _: self._requests.pop(request.id, None))
-
-
-class _LocalAnswer:
-    """Passes a handler's answers through the message type to the caller."""
-
-    def __init__(self, client: LocalGrpcClient, method: Method, id: str) -> None:
-        self._client = client
-        self._method = method
-        self._id = id
-
-    def take(self, response: Response) -> asyncio.Future[None] | None:
-        if response.err is not UNSET:
-            err = codec.decode(codec.encode(response.err))
-            return self._client.receive(Reply(id=self._id, err=err, is_disposed=True))
-        ended = response.is_disposed is True
-        values = [] if response.response is UNSET else [plain(response.response)]
-        if ended and self._method.server_streaming and values and isinstance(values[0], list):
-            [values] = values
-        shape = self._method.response
-        written = [_json(self._method, shape.encode(value)) for value in values]
-        full = None
-        for value in written:
-            full = self._client.receive(Reply(id=self._id, response=value))
-        if ended:
-            self._client.receive(Reply(id=self._id, is_disposed=True))
-        return full
+            await task
+        if answer.error is not None:
+            err = codec.decode(codec.encode(answer.error.to_wire()))
+            self.receive(Reply(id=id, err=err, is_disposed=True))
+            return
+        for body in answer.bodies:
+            full = receive(body)
+            if full is not None:
+                await full
+        self.receive(Reply(id=id, is_disposed=True))
 
 
 def _body(method: Method, data: Any) -> bytes:
@@ -566,4 +644,7 @@ async def _bodies(method: Method, values: Any) -> AsyncIterator[bytes]:
 
 
 def _json(method: Method, body: bytes) -> Raw:
-    return Raw(codec.encode(method.response.decode(body, nulls=True)))
+    try:
+        return Raw(codec.encode(method.response.decode(body, nulls=True)))
+    except InvalidPayload as error:
+        raise RpcException({"statusCode": 502, "code": "bad-answer", "message": f"{method.path}: {error}"}) from error

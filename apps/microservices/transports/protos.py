@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import subprocess
 import sys
 import tempfile
 from base64 import b64decode
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from google.protobuf import descriptor_pb2, descriptor_pool, json_format, message_factory
 from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescriptor
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import DecodeError, EncodeError, Message
 
 from ..exceptions import ConfigurationError, InvalidPayload
 
+logger = logging.getLogger("microservices.grpc")
+
 _COMPILE_TIMEOUT = 30.0
+# What protobuf raises for bytes and values that are none of a type's.
+_ODD = (DecodeError, EncodeError, TypeError, ValueError, OverflowError, AttributeError, RecursionError)
 Read = Callable[[Any, bool], Any]
 Write = Callable[[Any, bool], Any]
 
@@ -41,9 +46,12 @@ class Protos:
 
     def __init__(self, files: bytes) -> None:
         described = descriptor_pb2.FileDescriptorSet.FromString(files)
+        if not described.file:
+            raise ConfigurationError("There is nothing in the .proto files.")
+        self.files = [file.SerializeToString() for file in described.file]
         self.pool = descriptor_pool.DescriptorPool()
-        for file in described.file:
-            self.pool.AddSerializedFile(file.SerializeToString())
+        for content in self.files:
+            self.pool.AddSerializedFile(content)
         self._shapes: dict[str, Shape] = {}
         self.services: dict[str, dict[str, Method]] = {}
         for file in described.file:
@@ -112,8 +120,8 @@ class Shape:
         self._class: type[Message] = message_factory.GetMessageClass(descriptor)
         self._always: list[tuple[str, Read]] = []
         self._present: list[tuple[str, Read]] = []
-        self._writes: dict[str, tuple[str, Write]] = {}
-        self._special = _SPECIAL.get(self.name)
+        self._writes: dict[str, tuple[str, Write, bool]] = {}
+        self._special = _special(self.name, descriptor.file.pool)
 
     def compile(self) -> None:
         """Plan each field. Apart from the constructor, since a message may contain its own type."""
@@ -121,7 +129,7 @@ class Shape:
             read, write = self._plan(field)
             (self._present if field.has_presence else self._always).append((field.name, read))
             for name in {field.json_name, field.camelcase_name, field.name}:
-                self._writes[name] = field.name, write
+                self._writes[name] = field.name, write, _takes_null(field)
 
     def decode(self, body: bytes, *, nulls: bool = False) -> Any:
         """Return the message in `body`. Raises InvalidPayload for bytes that are none.
@@ -129,17 +137,19 @@ class Shape:
         With `nulls`, fields that were not sent and have no default are None instead of missing.
         """
         try:
-            message = self._class.FromString(body)
-        except DecodeError as error:
+            return self.read(self._class.FromString(body), nulls)
+        except _ODD as error:  # also a time after the year 9999, or an Any of a type that nobody knows
             raise InvalidPayload(f"These bytes are no {self.name}.") from error
-        return self.read(message, nulls)
 
     def encode(self, value: Any, *, strict: bool = False) -> bytes:
         """Return the bytes of a plain value; with `strict`, a field that the message does not have is an error.
 
         Raises InvalidPayload for a value that does not fit, with a pointer to the field.
         """
-        message: bytes = self.write(value, strict).SerializeToString()
+        try:
+            message: bytes = self.write(value, strict).SerializeToString()
+        except _ODD as error:
+            raise InvalidPayload(f"This is no {self.name}.") from error
         return message
 
     def read(self, message: Any, nulls: bool) -> Any:
@@ -157,7 +167,10 @@ class Shape:
     def write(self, value: Any, strict: bool) -> Any:
         """Return a plain value as a message."""
         if self._special is not None:
-            return self._special.write(value, self._class())
+            try:
+                return self._special.write(value, self._class())
+            except (json_format.ParseError, AttributeError) as error:
+                raise InvalidPayload(f"This is no {self.name}: {error}") from error
         if value is None:
             value = {}
         if not isinstance(value, Mapping):
@@ -169,18 +182,18 @@ class Shape:
                 if strict:
                     raise InvalidPayload(f"{self.name} has no field {key!r}.", f"/{key}")
                 continue
-            if part is None:
+            name, write, takes_null = known
+            if part is None and not takes_null:
                 continue
-            name, write = known
             try:
                 fields[name] = write(part, strict)
             except InvalidPayload as error:
                 raise _inside(key, error) from error
-            except (TypeError, ValueError, AttributeError) as error:
+            except (TypeError, ValueError, OverflowError) as error:
                 raise InvalidPayload(f"This does not fit: {error}", f"/{key}") from error
         try:
             return self._class(**fields)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise _blamed(self._class, fields, error) from error
 
     def _plan(self, field: FieldDescriptor) -> tuple[Any, Any]:
@@ -192,7 +205,7 @@ class Shape:
             return read, write
         return (
             lambda values, nulls: [read(value, nulls) for value in values],
-            lambda values, strict: _each(values, write, strict),
+            lambda values, strict: _items(values, write, strict),
         )
 
     def _plan_one(self, field: FieldDescriptor) -> tuple[Any, Any]:
@@ -207,24 +220,17 @@ class Shape:
 
     def _plan_map(self, entry: Descriptor) -> tuple[Any, Any]:
         read, write = self._plan_one(entry.fields_by_name["value"])
-        number = entry.fields_by_name["key"].cpp_type not in (
-            FieldDescriptor.CPPTYPE_STRING,
-            FieldDescriptor.CPPTYPE_BOOL,
-        )
-        is_bool = entry.fields_by_name["key"].cpp_type == FieldDescriptor.CPPTYPE_BOOL
+        kind = entry.fields_by_name["key"].cpp_type
 
-        def key_in(key: Any) -> Any:
-            if is_bool:
-                return key in (True, "true")
-            return int(key) if number else key
+        def write_all(values: Any, strict: bool) -> dict[Any, Any]:
+            if not isinstance(values, Mapping):
+                raise TypeError("an object is expected")
+            return {_key(key, kind): _within(str(key), write, value, strict) for key, value in values.items()}
 
-        def key_out(key: Any) -> str:
-            return str(key).lower() if is_bool else str(key)
+        def read_all(values: Any, nulls: bool) -> dict[str, Any]:
+            return {_key_text(key): read(value, nulls) for key, value in values.items()}
 
-        return (
-            lambda values, nulls: {key_out(key): read(value, nulls) for key, value in values.items()},
-            lambda values, strict: {key_in(key): write(value, strict) for key, value in values.items()},
-        )
+        return read_all, write_all
 
 
 def _as_is(value: Any, _: bool) -> Any:
@@ -236,20 +242,43 @@ def _bytes(value: Any, _: bool) -> Any:
     return b64decode(value, validate=True) if isinstance(value, str) else value
 
 
-def _each(values: Any, write: Any, strict: bool) -> list[Any]:
+def _items(values: Any, write: Any, strict: bool) -> list[Any]:
     if not isinstance(values, list | tuple):
         raise TypeError("a list is expected")
-    written = []
-    for index, value in enumerate(values):
-        try:
-            written.append(write(value, strict))
-        except InvalidPayload as error:
-            raise _inside(str(index), error) from error
-    return written
+    return [_within(str(index), write, value, strict) for index, value in enumerate(values)]
+
+
+def _within(key: str, write: Any, value: Any, strict: bool) -> Any:
+    try:
+        return write(value, strict)
+    except InvalidPayload as error:
+        raise _inside(key, error) from error
+
+
+def _key(key: Any, kind: int) -> Any:
+    # JSON's keys are texts, whatever the map's are.
+    if kind == FieldDescriptor.CPPTYPE_STRING:
+        return key
+    if kind == FieldDescriptor.CPPTYPE_BOOL:
+        if str(key).lower() not in ("true", "false"):
+            raise ValueError(f"the key {key!r} is neither true nor false")
+        return str(key).lower() == "true"
+    return int(key)
+
+
+def _key_text(key: Any) -> str:
+    return str(key).lower() if isinstance(key, bool) else str(key)
+
+
+def _takes_null(field: FieldDescriptor) -> bool:
+    # There null is a value; everywhere else it says that there is none.
+    return field.message_type is not None and field.message_type.full_name == "google.protobuf.Value"
 
 
 def _enum(enum: EnumDescriptor) -> tuple[Any, Any]:
-    names = {value.number: value.name for value in enum.values}
+    names: dict[int, str] = {}
+    for value in enum.values:
+        names.setdefault(value.number, value.name)  # of several names for a number the first is told
     numbers = {value.name: value.number for value in enum.values}
 
     def write(value: Any, _: bool) -> int:
@@ -257,7 +286,9 @@ def _enum(enum: EnumDescriptor) -> tuple[Any, Any]:
             if value not in numbers:
                 raise InvalidPayload(f"{value!r} is none of {', '.join(numbers)}.")
             return numbers[value]
-        return int(value)
+        if type(value) is not int:
+            raise InvalidPayload(f"{value!r} is none of {', '.join(numbers)}.")
+        return value
 
     return (lambda number, _: names.get(number, number)), write
 
@@ -273,7 +304,7 @@ def _blamed(kind: type[Message], fields: dict[str, Any], error: Exception) -> In
             kind(**{name: value})
         except TypeError:
             return InvalidPayload(f"A value of type {type(value).__name__} does not fit.", f"/{name}")
-        except ValueError as alone:
+        except (ValueError, OverflowError) as alone:
             return InvalidPayload(f"This does not fit: {alone}", f"/{name}")
     return InvalidPayload(f"This does not fit: {error}")
 
@@ -302,35 +333,33 @@ def _value_read(message: Any) -> Any:
             return getattr(message, kind)
 
 
-def _json_write(value: Any, message: Any) -> Any:
-    try:
-        return json_format.ParseDict(value, message)
-    except json_format.ParseError as error:
-        raise InvalidPayload(str(error)) from error
+_PLAIN = {
+    "Value": _Special(_value_read, json_format.ParseDict),
+    "ListValue": _Special(lambda message: [_value_read(value) for value in message.values], json_format.ParseDict),
+    "Struct": _Special(
+        lambda message: {key: _value_read(value) for key, value in message.fields.items()}, json_format.ParseDict
+    ),
+    # Their JSON form is a text; ours is a number, as everywhere.
+    "Int64Value": _Special(lambda message: message.value, json_format.ParseDict),
+    "UInt64Value": _Special(lambda message: message.value, json_format.ParseDict),
+}
+_AS_JSON = (
+    *("Any", "Duration", "FieldMask", "Timestamp"),
+    *("BoolValue", "BytesValue", "DoubleValue", "FloatValue", "StringValue", "Int32Value", "UInt32Value"),
+)
 
 
-_SPECIAL = {
-    f"google.protobuf.{name}": _Special(json_format.MessageToDict, _json_write)
-    for name in (
-        *("Any", "Duration", "FieldMask", "Timestamp"),
-        *("BoolValue", "BytesValue", "DoubleValue", "FloatValue", "StringValue"),
-        *("Int32Value", "UInt32Value"),
+def _special(name: str, pool: Any) -> _Special | None:
+    package, _, kind = name.rpartition(".")
+    if package != "google.protobuf":
+        return None
+    if kind in _PLAIN:
+        return _PLAIN[kind]
+    if kind not in _AS_JSON:
+        return None
+    return _Special(
+        partial(json_format.MessageToDict, descriptor_pool=pool), partial(json_format.ParseDict, descriptor_pool=pool)
     )
-}
-# Their JSON form is a text; ours is a number, as everywhere.
-_SPECIAL |= {
-    f"google.protobuf.{name}": _Special(lambda message: message.value, _json_write)
-    for name in ("Int64Value", "UInt64Value")
-}
-_SPECIAL |= {
-    "google.protobuf.Value": _Special(_value_read, _json_write),
-    "google.protobuf.ListValue": _Special(
-        lambda message: [_value_read(value) for value in message.values], _json_write
-    ),
-    "google.protobuf.Struct": _Special(
-        lambda message: {key: _value_read(value) for key, value in message.fields.items()}, _json_write
-    ),
-}
 
 
 # Loading
@@ -351,10 +380,16 @@ def load(paths: tuple[str, ...], cache: str = "") -> Protos:
         digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes() + b"\0")
     kept = Path(cache, f"{digest.hexdigest()[:32]}.binpb") if cache else None
     if kept is not None and kept.exists():
-        return Protos(kept.read_bytes())
+        try:
+            return Protos(kept.read_bytes())
+        except Exception:  # noqa: BLE001 - broken, or not for us to read: it is made anew
+            logger.warning("what was kept of the .proto files cannot be used; they are compiled again")
     compiled = _compile(files)
     if kept is not None:
-        _keep(kept, compiled)
+        try:
+            _keep(kept, compiled)
+        except OSError as error:  # a read-only folder costs time at each start, and nothing else
+            logger.info("what was made of the .proto files is not kept: %s", error)
     return Protos(compiled)
 
 
@@ -397,4 +432,7 @@ def _keep(path: Path, content: bytes) -> None:
     descriptor, name = tempfile.mkstemp(dir=path.parent)
     with open(descriptor, "wb") as file:
         file.write(content)
+        file.flush()
+        os.fsync(descriptor)
+    os.chmod(name, 0o644)  # others may run the same project
     os.replace(name, path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -18,8 +17,10 @@ Metadata = tuple[tuple[str, str | bytes], ...]
 ERROR_KEY = "rpc-error"
 """The trailing metadata that holds the error object, as ASCII JSON: 402 survives FAILED_PRECONDITION."""
 
+# Together well below the 8 KiB of metadata that a peer takes; a text may triple on the wire, or grow sixfold.
 _MAX_ERROR = 4096
-_MAX_DETAILS = 1024
+_MAX_DETAILS = 700  # bytes of UTF-8
+_MAX_MESSAGE = 250  # characters
 
 _TO_STATUS = {
     400: Code.INVALID_ARGUMENT,
@@ -49,6 +50,13 @@ _FROM_STATUS = {
     Code.UNAUTHENTICATED: 401,
 }
 _BY_NUMBER: dict[Any, grpc.StatusCode] = {code.value[0]: code for code in Code}
+# grpc's own sentences for a call that never left; whether anything was sent is told in words only.
+_NEVER_SENT = ("failed to connect to all addresses", "DNS resolution failed")
+_TOO_LARGE = (
+    "SERVER: Received message larger than max",
+    "CLIENT: Sent message larger than max",
+    "received metadata size",
+)
 
 
 def to_status(error: RpcException) -> tuple[grpc.StatusCode, str, Metadata]:
@@ -59,7 +67,7 @@ def to_status(error: RpcException) -> tuple[grpc.StatusCode, str, Metadata]:
     """
     whole = error.error if isinstance(error.error, Mapping) else {}
     number = whole.get("code")
-    details = str(whole.get("details") or error.message)[:_MAX_DETAILS]
+    details = _cut(str(whole.get("details") or error.message))
     if type(number) is int and number in _BY_NUMBER and number:
         return _BY_NUMBER[number], details, _error_object(whole)
     if isinstance(error, NoHandler):
@@ -76,34 +84,61 @@ def to_status(error: RpcException) -> tuple[grpc.StatusCode, str, Metadata]:
 def from_status(error: grpc.aio.AioRpcError, service: str) -> RpcException:
     """Return the exception that a peer's status stands for."""
     status, details = error.code(), error.details() or ""
-    for key, value in error.trailing_metadata() or ():
-        if key == ERROR_KEY:
-            with suppress(ValueError):
-                return RpcException.from_wire(json.loads(value))
+    told = _told(error)
+    if told is not None:
+        return RpcException.from_wire(told)
     if status is Code.UNAVAILABLE:
-        return _unreachable(details, service)
+        if details.startswith(_NEVER_SENT):
+            return Unavailable(f"{service} cannot be reached: {details}")
+        return ConnectionLost(f"Connection closed: {details}")
     if status is Code.DEADLINE_EXCEEDED:
         return DeadlineExceeded(f"{service} did not answer in time.")
     if status is Code.UNIMPLEMENTED:
         return NoHandler()
+    if status is Code.RESOURCE_EXHAUSTED and details.startswith(_TOO_LARGE):
+        # Not 429: the same call can never succeed.
+        return RpcException({"statusCode": 413, "code": "too-large", "message": details})
     if status in _FROM_STATUS:
-        word = status.name.lower().replace("_", "-")
-        return RpcException({"statusCode": _FROM_STATUS[status], "code": word, "message": details})
+        return RpcException(_named(status, details))
     return RpcException(INTERNAL if status is Code.INTERNAL else details)
 
 
-def _unreachable(details: str, service: str) -> RpcException:
-    # Whether anything was sent is told in words only.
-    if "failed to connect" in details.lower() or "resolution" in details.lower():
-        return Unavailable(f"{service} cannot be reached: {details}")
-    return ConnectionLost(f"Connection closed: {details}")
+def _told(error: grpc.aio.AioRpcError) -> Any:
+    """Return the error object of a peer, if it sent one that says more than the status does."""
+    for key, value in error.trailing_metadata() or ():
+        if key != ERROR_KEY:
+            continue
+        try:
+            told = json.loads(value)
+        except (ValueError, RecursionError):
+            return None
+        if not isinstance(told, dict) or not told:
+            return None
+        if type(told.get("code")) is int and "statusCode" not in told and error.code() in _FROM_STATUS:
+            told["statusCode"] = _FROM_STATUS[error.code()]  # NestJS's form names the gRPC status alone
+        odd = set(told) == {"status", "message"}
+        return told if odd or RpcException(told).status_code != 500 or error.code() is Code.INTERNAL else None
+    return None
+
+
+def _named(status: grpc.StatusCode, details: str) -> dict[str, Any]:
+    word = status.name.lower().replace("_", "-")
+    return {"statusCode": _FROM_STATUS[status], "code": word, "message": details}
+
+
+def _cut(text: str) -> str:
+    # Half a character, as JavaScript may send it, would leave grpc unable to answer at all.
+    return text.encode("utf-8", "replace")[:_MAX_DETAILS].decode("utf-8", "ignore")
 
 
 def _error_object(whole: Mapping[str, Any]) -> Metadata:
-    for part in (whole, {key: whole[key] for key in ("statusCode", "code", "message") if key in whole}):
+    short = {key: whole[key] for key in ("statusCode", "code") if key in whole}
+    if isinstance(whole.get("message"), str):
+        short["message"] = whole["message"][:_MAX_MESSAGE]
+    for part in (whole, short):
         try:
             text = json.dumps(msgspec.to_builtins(part), separators=(",", ":"))  # ASCII, as metadata must be
-        except TypeError:
+        except (TypeError, ValueError, RecursionError, OverflowError):
             continue
         if len(text) <= _MAX_ERROR:
             return ((ERROR_KEY, text),)
@@ -113,34 +148,36 @@ def _error_object(whole: Mapping[str, Any]) -> Metadata:
 def to_metadata(texts: Mapping[str, str], id: str) -> Metadata:
     """Return metadata as gRPC carries it: what is not printable ASCII goes as UTF-8 under `<name>-bin`.
 
-    Raises RpcException for a name that gRPC does not allow.
+    Raises RpcException for a name that gRPC does not allow, or keeps for itself.
     """
     pairs: list[tuple[str, str | bytes]] = [("id", id)]
     for name, value in texts.items():
         key = name.lower()
-        if (
-            not key.isascii()
-            or not key.replace("-", "").replace("_", "").replace(".", "").isalnum()
-            or key.startswith("grpc-")
-        ):
+        if key == "id":
+            continue
+        plain = key.replace("-", "").replace("_", "").replace(".", "")
+        if not (plain.isascii() and plain.isalnum()) or key.startswith("grpc-") or key.endswith("-bin"):
             message = f"{name!r} is no name for gRPC metadata."
             raise RpcException({"statusCode": 400, "code": "bad-metadata", "message": message})
-        if key == "id" or key.endswith("-bin"):
-            continue
         fits = value.isascii() and value.isprintable() and value == value.strip()
         pairs.append((key, value) if fits else (f"{key}-bin", value.encode("utf-8", "replace")))
     return tuple(pairs)
 
 
 def from_metadata(pairs: Any) -> dict[str, str]:
-    """Return the texts among a peer's metadata; what is no UTF-8 is left to the handler, in `native`."""
+    """Return the texts among a peer's metadata; what is no text is left to the handler, in `native`."""
     texts: dict[str, str] = {}
+    binary: dict[str, str] = {}
     for key, value in pairs:
         if key.startswith("grpc-") or key == "user-agent":
             continue
         if isinstance(value, str):
             texts[key] = value
         else:
-            with suppress(UnicodeDecodeError):
-                texts[key.removesuffix("-bin")] = value.decode()
-    return texts
+            try:
+                text = value.decode()
+            except UnicodeDecodeError:
+                continue
+            binary[key.removesuffix("-bin")] = text
+    # The plain name wins: whoever strips or sets `identity` on the way must not be got around.
+    return binary | texts

@@ -175,9 +175,7 @@ def test_doors_that_are_meant_to_be_closed_are_none(
     rf: RequestFactory, install: Install, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(shop=[])
-    shop = get_microservice("shop")
-    shop.servers.append(TcpServer(Address("tcp", "127.0.0.1", 3009, {}), shop.dispatcher))
-    monkeypatch.setattr(lifecycle, "microservices", [shop])
+    monkeypatch.setattr(lifecycle, "microservices", [get_microservice("shop")])
 
     assert asked(rf, Doors) == (200, {"doors": {"status": "up"}})
 

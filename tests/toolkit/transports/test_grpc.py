@@ -1,6 +1,7 @@
 """gRPC: the contract, each pattern mapped to an RPC of JSON values, and what only gRPC has."""
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ from microservices.stubs import GrpcServices
 from microservices.transports import Address, protos
 from microservices.transports.base import ClientProxy, Status
 from microservices.transports.grpc import GrpcClient, GrpcServer, LocalGrpcClient
-from microservices.transports.statuses import from_status, to_status
+from microservices.transports.statuses import from_metadata, from_status, to_status
 from tests.toolkit.conftest import service
 from tests.toolkit.transports.certificates import Authority
 from tests.toolkit.transports.contract import PATIENCE, RequestContract
@@ -45,6 +46,14 @@ service Numbers {
   rpc Unserved (Number) returns (Number) {}
 }
 message Number { int64 value = 1; }
+"""
+
+
+TEXTS = """
+syntax = "proto3";
+package texts;
+service Texts { rpc Flood (Text) returns (stream Text) {} }
+message Text { string text = 1; }
 """
 
 
@@ -498,7 +507,9 @@ def test_an_error_has_a_status_and_comes_back_whole(error: Any, code: grpc.Statu
     back = from_status(failed(status, told, trailing), "shop")
 
     assert (status, told) == (code, details)
-    assert back.error == error
+    numeric = isinstance(error, dict) and isinstance(error["code"], int)
+    assert back.error == (error | {"statusCode": back.status_code} if numeric else error)
+    assert not numeric or back.status_code in (400, 404)
 
 
 def test_an_error_too_large_for_metadata_keeps_its_status_and_its_word() -> None:
@@ -602,3 +613,213 @@ async def test_calls_over_the_limit_are_refused_at_once(numbers_proto: Path) -> 
 
         assert await first == b"\x08\x03"
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("message", ["\ud83d cut", "漢" * 1000, "😀" * 1000, "é" * 5000])
+async def test_an_error_in_any_script_is_answered_with_its_code(numbers_proto: Path, message: str) -> None:
+    @grpc_method("Numbers", "Square")
+    async def fail(data: Number) -> Number:
+        raise RpcException({"statusCode": 404, "code": "my-code", "message": message})
+
+    async with (
+        serving(numbers_proto, fail) as server,
+        calling(lambda: GrpcClient(address(server.port, numbers_proto), "numbers"), numbers_proto) as numbers,
+    ):
+        with pytest.raises(RpcException) as caught:
+            await numbers.Square({"value": 1})
+
+    assert (caught.value.status_code, caught.value.code) == (404, "my-code")
+    assert caught.value.message[:4] == message[:4]
+
+
+@pytest.mark.asyncio
+async def test_who_leaves_a_stream_that_waits_for_him_is_no_error(
+    numbers_proto: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (numbers_proto / "texts.proto").write_text(TEXTS, encoding="utf-8")
+    sent, ended = 0, asyncio.Event()
+
+    @grpc_method("Texts", "Flood")
+    async def flood(data: Any) -> AsyncIterator[dict[str, str]]:
+        nonlocal sent
+        try:
+            while True:
+                yield {"text": "x" * 100_000}
+                sent += 1
+        finally:
+            ended.set()
+
+    async with (
+        serving(numbers_proto, flood) as server,
+        grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel,
+    ):
+        call = channel.unary_stream("/texts.Texts/Flood")(b"")
+        await call.read()
+        before = -1
+        while sent != before:  # until the windows are full
+            before = sent
+            await asyncio.sleep(0.05)
+        call.cancel()
+        await ended.wait()
+
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+@pytest.mark.asyncio
+async def test_requests_that_nobody_takes_any_more_are_not_waited_for(numbers_proto: Path) -> None:
+    @grpc_method("Numbers", "Sum")
+    async def first(data: AsyncIterator[Number]) -> Number:
+        return await anext(data)
+
+    async def endless() -> AsyncIterator[dict[str, int]]:
+        yield {"value": 7}
+        await asyncio.Event().wait()
+
+    async with (
+        serving(numbers_proto, first) as server,
+        calling(lambda: GrpcClient(address(server.port, numbers_proto), "numbers"), numbers_proto) as numbers,
+    ):
+        await numbers.Sum(stream_of(1))
+        before = len(asyncio.all_tasks())
+        answers = [await numbers.Sum(endless()) for _ in range(5)]
+        while len(asyncio.all_tasks()) > before:  # noqa: ASYNC110 - of grpc's own tasks
+            await asyncio.sleep(0.01)  # the fixture's time-out ends it
+
+    assert answers == [{"value": 7}] * 5
+
+
+@pytest.mark.asyncio
+async def test_a_long_list_is_taken_whole_from_a_service_of_this_process(numbers_proto: Path) -> None:
+    here = service(count, name="numbers")
+    files = protos.load((str(numbers_proto),))
+
+    async with calling(lambda: LocalGrpcClient(here, files), numbers_proto) as numbers:
+        values = [answer["value"] async for answer in numbers.Count({"value": 5000})]
+
+    assert values == list(range(5000))
+
+
+@pytest.mark.asyncio
+async def test_who_watches_the_health_does_not_hold_up_the_end(numbers_proto: Path) -> None:
+    async with (
+        serving(numbers_proto, square) as server,
+        grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel,
+    ):
+        watching = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        await watching.read()
+        started = asyncio.get_running_loop().time()
+        await server.close(PATIENCE)
+        took = asyncio.get_running_loop().time() - started
+
+    assert took < PATIENCE / 2
+
+
+@pytest.mark.asyncio
+async def test_an_answer_that_does_not_fit_is_the_servers_fault(
+    numbers_proto: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    @grpc_method("Numbers", "Square")
+    async def odd(data: Number) -> Any:
+        return {"value": "seven"}
+
+    async with (
+        serving(numbers_proto, odd) as server,
+        calling(lambda: GrpcClient(address(server.port, numbers_proto), "numbers"), numbers_proto) as numbers,
+    ):
+        with pytest.raises(RpcException, match="Internal server error") as caught:
+            await numbers.Square({"value": 1})
+
+    assert caught.value.status_code == 500
+    assert "/numbers.Numbers/Square does not fit at /value" in caplog.text
+
+
+@pytest.mark.asyncio
+async def test_an_answer_that_is_no_message_is_a_bad_answer(numbers_proto: Path) -> None:
+    async def nonsense(request: bytes, context: Any) -> bytes:
+        return b"\xff\xff"
+
+    server = grpc.aio.server()
+    handlers = {"Square": grpc.unary_unary_rpc_method_handler(nonsense)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("numbers.Numbers", handlers),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        async with calling(lambda: GrpcClient(address(port, numbers_proto), "numbers"), numbers_proto) as numbers:
+            with pytest.raises(RpcException) as caught:
+                await numbers.Square({"value": 1})
+    finally:
+        await server.stop(None)
+
+    assert (caught.value.status_code, caught.value.code) == (502, "bad-answer")
+
+
+@pytest.mark.parametrize("told", ["[" * 4000, "null", "5", "[]", "{}", '"text"', '{"statusCode":"404"}', "no JSON"])
+def test_an_odd_error_object_of_a_peer_leaves_the_status_as_it_is(told: str) -> None:
+    error = from_status(failed(grpc.StatusCode.NOT_FOUND, "nf", (("rpc-error", told),)), "shop")
+
+    assert (error.status_code, error.message) == (404, "nf")
+
+
+@pytest.mark.parametrize(
+    ("details", "sent"),
+    [
+        ("failed to connect to all addresses; last error: refused", False),
+        ("failed to connect to mail server", True),
+        ("Socket closed", True),
+    ],
+)
+def test_only_grpc_itself_can_tell_that_nothing_was_sent(details: str, sent: bool) -> None:
+    error = from_status(failed(grpc.StatusCode.UNAVAILABLE, details, ()), "shop")
+
+    assert isinstance(error, ConnectionLost) is sent
+
+
+@pytest.mark.asyncio
+async def test_what_is_too_large_can_never_succeed(numbers_proto: Path) -> None:
+    async with (
+        serving(numbers_proto, square, max_message_length=2) as server,
+        calling(lambda: GrpcClient(address(server.port, numbers_proto), "numbers"), numbers_proto) as numbers,
+    ):
+        with pytest.raises(RpcException) as caught:
+            await numbers.Square({"value": 2**40})
+
+    assert (caught.value.status_code, caught.value.retryable) == (413, False)
+
+
+@pytest.mark.asyncio
+async def test_a_name_whose_address_is_taken_is_an_error(numbers_proto: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        server = GrpcServer(address(taken.getsockname()[1], numbers_proto)._replace(host="localhost"), service(square))
+
+        with pytest.raises(OSError, match="taken"):
+            await server.listen()
+
+
+@pytest.mark.asyncio
+async def test_reflection_bears_a_copy_of_healths_own_file(numbers_proto: Path) -> None:
+    (numbers_proto / "grpc/health/v1").mkdir(parents=True)
+    copy = 'syntax = "proto3";\npackage grpc.health.v1;\nmessage HealthCheckRequest { string name = 7; }\n'
+    (numbers_proto / "grpc/health/v1/health.proto").write_text(copy, encoding="utf-8")
+
+    async with serving(numbers_proto, square, reflection=True) as server:
+        await server.announce(True)
+        await server.announce(True)
+
+
+@pytest.mark.asyncio
+async def test_two_handlers_of_one_method_are_refused(numbers_proto: Path) -> None:
+    @grpc_method("numbers.Numbers", "Square")
+    def other(data: Number) -> Number:
+        return data
+
+    with pytest.raises(ConfigurationError, match="Two handlers"):
+        await GrpcServer(address(0, numbers_proto), service(square, other)).listen()
+
+
+def test_the_plain_name_of_metadata_wins_over_the_binary_one() -> None:
+    pairs = (("identity-bin", b"mallory"), ("identity", "ada"), ("name-bin", "é".encode()))
+
+    assert from_metadata(pairs) == {"identity": "ada", "name": "é"}

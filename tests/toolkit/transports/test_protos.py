@@ -12,6 +12,7 @@ from microservices.transports.protos import Method, Protos
 KINDS = """
 syntax = "proto3";
 package kinds;
+import "google/protobuf/any.proto";
 import "google/protobuf/struct.proto";
 import "google/protobuf/timestamp.proto";
 import "google/protobuf/wrappers.proto";
@@ -41,6 +42,7 @@ message All {
   google.protobuf.Int64Value wrapped = 21;
   google.protobuf.ListValue list = 22;
   string snake_case = 23;
+  google.protobuf.Any packed = 24;
 }
 """
 DEFAULTS = {
@@ -59,7 +61,7 @@ DEFAULTS = {
     "flagged": {},
     "snake_case": "",
 }
-ABSENT = ("part", "maybe", "one", "other", "at", "any", "object", "wrapped", "list")
+ABSENT = ("part", "maybe", "one", "other", "at", "any", "object", "wrapped", "list", "packed")
 
 
 def write(folder: Path, name: str, text: str) -> Protos:
@@ -214,3 +216,77 @@ def test_what_was_compiled_is_kept_by_its_content(tmp_path: Path, monkeypatch: p
 
     assert [path.suffix for path in kept] == [".binpb"]
     assert list(cache.iterdir()) == kept
+
+
+@pytest.mark.parametrize(
+    ("field", "body"),
+    [
+        ("at", b"\x08\xff\xff\xff\xff\xff\xff\xff\xff\x7f"),  # a time after the year 9999
+        ("packed", b"\x0a\x0atype/no.No"),  # of a type that nobody knows
+    ],
+)
+def test_what_the_wire_allows_and_json_does_not_is_refused(echo: Method, field: str, body: bytes) -> None:
+    number = {"at": 18, "packed": 24}[field]
+    tag = bytes([(number << 3 | 2) & 0x7F | 0x80, (number << 3 | 2) >> 7])
+
+    with pytest.raises(InvalidPayload, match=r"no kinds\.All"):
+        echo.request.decode(tag + bytes([len(body)]) + body)
+
+
+def test_an_any_may_hold_a_type_of_these_files(echo: Method) -> None:
+    value = {"@type": "type.googleapis.com/kinds.Part", "number": "7"}
+
+    assert echo.request.decode(echo.request.encode({"packed": value}))["packed"] == value
+
+
+@pytest.mark.parametrize(
+    ("value", "pointer"),
+    [
+        ({"named": {"k": {"number": "x"}}}, "/named/k/number"),
+        ({"named": []}, "/named"),
+        ({"flagged": {"yes": 1}}, "/flagged"),
+        ({"colour": 1.9}, "/colour"),
+        ({"real": 10**400}, "/real"),
+        ({"packed": {"@type": 5}}, "/packed"),
+    ],
+)
+def test_the_place_of_a_mistake_is_told(echo: Method, value: Any, pointer: str) -> None:
+    with pytest.raises(InvalidPayload) as caught:
+        echo.request.encode(value)
+
+    assert caught.value.errors[0]["pointer"] == pointer
+
+
+def test_null_is_a_value_where_any_value_is(echo: Method) -> None:
+    assert "any" in echo.request.decode(echo.request.encode({"any": None}))
+
+
+def test_of_two_names_for_a_number_the_first_is_told(tmp_path: Path) -> None:
+    text = (
+        'syntax = "proto3";\nenum E { option allow_alias = true; A = 0; NEW = 1; OLD = 1; }\n'
+        "message M { E e = 1; }\nservice S { rpc Get (M) returns (M) {} }\n"
+    )
+    shape = write(tmp_path, "alias.proto", text).method("S/Get").request
+
+    assert shape.decode(shape.encode({"e": "OLD"})) == {"e": "NEW"}
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xff"], ids=["empty", "broken"])
+def test_what_was_kept_and_is_broken_is_made_anew(tmp_path: Path, content: bytes) -> None:
+    folder, cache = tmp_path / "protos", tmp_path / "cache"
+    folder.mkdir()
+    (folder / "a.proto").write_text('syntax = "proto3";\nmessage M {}\nservice S {}\n', encoding="utf-8")
+    protos.load((str(folder),), str(cache))
+    [kept] = cache.iterdir()
+    kept.write_bytes(content)
+    protos.load.cache_clear()
+
+    assert list(protos.load((str(folder),), str(cache)).services) == ["S"]
+    assert kept.read_bytes() not in (b"", b"\xff\xff")
+
+
+def test_a_folder_that_cannot_be_written_costs_nothing_but_time(tmp_path: Path) -> None:
+    (tmp_path / "a.proto").write_text('syntax = "proto3";\nservice S {}\n', encoding="utf-8")
+    (tmp_path / "file").touch()
+
+    assert list(protos.load((str(tmp_path),), str(tmp_path / "file" / "cache")).services) == ["S"]

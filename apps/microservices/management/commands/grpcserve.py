@@ -37,13 +37,13 @@ class Command(serve.Command):
                 raise CommandError(f"{name!r} is no gRPC service that lives here; known: {told}.", returncode=2)
         if not wanted:
             raise CommandError("No service that lives here has both a gRPC method and a `grpc` address.", returncode=2)
-        if options["services"] and options["port"]:
+        if options["services"] and options["port"] is not None:
             raise CommandError(
                 "--port is for all services together; named ones have the ports of the map.", returncode=2
             )
         urls = {name: [settings.servers[name].grpc] for name in wanted}
         if not options["services"]:
-            port = options["port"] or settings.grpc_port
+            port = settings.grpc_port if options["port"] is None else options["port"]
             urls = {name: [self._moved(url, options["host"], port)] for name, [url] in urls.items()}
         self.serve(options["host"], options["health_port"], urls)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 from django.core.management.base import BaseCommand, CommandError
 
 from ...conf import get_settings
-from ...handlers import registry
+from ...handlers import Door, Handler, registry
 from ...transports import parse
 
 COLUMNS = ("service", "pattern", "kind", "retry", "deadline", "doors", "handler")
@@ -49,15 +50,31 @@ def catalogue(wanted: str | None = None) -> list[tuple[str, ...]]:
             continue
         scheme = parse(settings.servers[service].url).scheme
         for handler in registry.of(service):
-            methods = [door.route for door in handler.doors if door.kind == "grpc"]
             for door in handler.doors:
+                if door.kind == "grpc" and _told_with_a_pattern(door, handler.doors):
+                    continue
                 is_request = door.kind != "event"
                 deadline = f"{door.deadline or settings.call_timeout:g} s" if is_request else "-"
                 retry = door.retry if is_request else "-"
-                doors = ", ".join([scheme, *(f"grpc {method}" for method in methods)]) if is_request else "bus"
-                if door.kind == "grpc":
-                    if any(other.kind == "request" for other in handler.doors):
-                        continue  # told with its pattern
-                    doors = "grpc"
-                rows.append((service, door.name, door.kind, retry, deadline, doors, handler.name))
+                rows.append(
+                    (service, door.name, door.kind, retry, deadline, _ways(door, handler, scheme), handler.name)
+                )
     return rows
+
+
+def _ways(door: Door, handler: Handler, scheme: str) -> str:
+    if door.kind == "event":
+        return "bus"
+    if door.kind == "grpc":
+        return "grpc"
+    methods = [f"grpc {other.route}" for other in handler.doors if _same(door, other)]
+    # A grpc:// address leads to RPCs alone.
+    return ", ".join([*([] if scheme.startswith("grpc") else [scheme]), *methods]) or "-"
+
+
+def _told_with_a_pattern(method: Door, doors: Sequence[Door]) -> bool:
+    return any(door.kind == "request" and _same(door, method) for door in doors)
+
+
+def _same(door: Door, method: Door) -> bool:
+    return method.kind == "grpc" and (method.retry, method.deadline) == (door.retry, door.deadline)

@@ -71,7 +71,7 @@ class Command(BaseCommand):
         for name, service in settings.clients.items():
             address, health = parse(service.url), service.health or 0
             place = f"{address.scheme} :{address.port}"
-            if service.grpc:
+            if service.grpc and parse(service.grpc).place != address.place:
                 place += f"  grpc :{parse(service.grpc).port}"
             ready = _Ready(health)
             processes.append(Process(name, manage("runmicroservice", name), env, place, health, ready))
