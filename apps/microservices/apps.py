@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
 from importlib import import_module
 from types import ModuleType
@@ -12,8 +13,10 @@ from django.core.signals import setting_changed
 from django.utils.module_loading import module_has_submodule
 
 from .client import clients
-from .conf import get_settings
+from .codec import register
+from .conf import get_settings, load
 from .consumers import consumer_handlers
+from .exceptions import ConfigurationError
 from .handlers import Handler, handlers_in, registry
 from .microservice import get_executor, get_microservice
 
@@ -35,6 +38,9 @@ class MicroservicesConfig(AppConfig):
 def _collect() -> None:
     # Django's tests may install other apps: then `ready` is called again.
     registry.reset()
+    with suppress(ConfigurationError):  # E004 tells
+        for path in get_settings().payload_kinds:
+            register(load(path))
     for app in apps.get_app_configs():
         events = partial(consumer_handlers, app.label)
         if handlers := [*_found(app, "handlers", handlers_in), *_found(app, "consumers", events)]:

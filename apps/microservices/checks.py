@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from django.apps import AppConfig, apps
 from django.core import checks
 
-from . import stubs, transports
+from . import conf, stubs, transports
 from .conf import Service, Settings, get_settings
 from .exceptions import ConfigurationError
 from .handlers import registry
@@ -149,18 +149,22 @@ def _services() -> dict[str, AppConfig]:
 
 
 def _bad_urls(settings: Settings) -> Iterator[checks.CheckMessage]:
-    named: list[tuple[str, str, transports.Role]] = [("EVENTS_URL", settings.events_url, "bus")]
-    named += [(f"CLIENTS[{name!r}]", service.url, "client") for name, service in settings.clients.items()]
-    named += [(f"SERVERS[{name!r}]", service.url, "server") for name, service in settings.servers.items()]
-    named += [
-        (f"CLIENTS[{name!r}] grpc", place.grpc, "client") for name, place in settings.clients.items() if place.grpc
+    named: list[tuple[str, str, Mapping[str, Any], transports.Role]] = [
+        ("EVENTS_URL", settings.events_url, settings.events_options, "bus")
     ]
-    named += [
-        (f"SERVERS[{name!r}] grpc", place.grpc, "server") for name, place in settings.servers.items() if place.grpc
+    of_each: list[tuple[str, dict[str, Service], transports.Role]] = [
+        ("CLIENTS", settings.clients, "client"),
+        ("SERVERS", settings.servers, "server"),
     ]
-    for where, url, role in named:
+    for key, services, role in of_each:
+        for name, place in services.items():
+            named.append((f"{key}[{name!r}]", place.url, place.options, role))
+            if place.grpc:
+                named.append((f"{key}[{name!r}] grpc", place.grpc, conf.NO_OPTIONS, role))
+    for where, url, options, role in named:
         try:
-            transports.load(transports.parse(url), role)
+            address = conf.address(url, options)
+            transports.read_options(transports.load(address, role).Options, address)
         except ConfigurationError as error:
             yield checks.Error(f"MICROSERVICES {where}: {error}", id="microservices.E006")
 

@@ -11,24 +11,24 @@ from contextlib import aclosing
 from typing import Any, NamedTuple, TypeVar, overload
 from weakref import WeakKeyDictionary
 
-import msgspec
 from msgspec import Raw
 
 from . import codec, conf, stubs, transports
 from .conf import get_settings, load
 from .context import RpcContext, current
-from .exceptions import ConfigurationError, RpcException
+from .exceptions import ConfigurationError, InvalidPayload, RpcException
 from .executor import wait_for
 from .microservice import get_microservice, services_here
 from .middleware import Endpoint, Middleware, chain
 from .packets import route
 from .stubs import GrpcServices
-from .transports.base import ClientProxy
+from .transports.base import ClientProxy, Status
 from .transports.local import LocalClient, MemoryBus
 
 T = TypeVar("T")
 Loop = asyncio.AbstractEventLoop
 Metadata = Mapping[str, str] | None
+Options = Mapping[str, Any] | None
 
 EVENTS = "events"
 _MAX_KNOWN = 1024
@@ -70,11 +70,24 @@ class Client:
 
     @overload
     async def send(
-        self, pattern: Any, data: Any = ..., *, timeout: float | None = ..., metadata: Metadata = ...
+        self,
+        pattern: Any,
+        data: Any = ...,
+        *,
+        timeout: float | None = ...,
+        metadata: Metadata = ...,
+        options: Options = ...,
     ) -> Any: ...
     @overload
     async def send(
-        self, pattern: Any, data: Any = ..., *, returns: type[T], timeout: float | None = ..., metadata: Metadata = ...
+        self,
+        pattern: Any,
+        data: Any = ...,
+        *,
+        returns: type[T],
+        timeout: float | None = ...,
+        metadata: Metadata = ...,
+        options: Options = ...,
     ) -> T: ...
     async def send(
         self,
@@ -84,16 +97,19 @@ class Client:
         returns: Any = None,
         timeout: float | None = None,
         metadata: Metadata = None,
+        options: Options = None,
     ) -> Any:
         """Make a request and return its first value; None where the answer is empty.
 
         `pattern` and `data` are as in NestJS's `send`; `returns` is a type to decode into (plain
         objects without it); `timeout` is in seconds, capped by what is left of the caller's own
-        deadline; `metadata` holds strings that travel beside the data. Raises RpcException: the
-        handler's error, NoHandler, Unavailable, ConnectionLost or DeadlineExceeded.
+        deadline; `metadata` holds strings that travel beside the data; `options` tell the transport
+        what to do with this one message, as NestJS's record builders: headers, qos, priority, key.
+        Raises RpcException: the handler's error, NoHandler, Unavailable, ConnectionLost or
+        DeadlineExceeded; ConfigurationError for options that the transport has not.
         """
         bound = self._bound()
-        context = self._context(bound.proxy, pattern, metadata)
+        context = self._context(bound.proxy, pattern, metadata, options)
         context.cap_deadline(self.seconds(timeout))
         result = await bound.send(data, context)
         return None if result is None else self._decoder(returns)(result)
@@ -106,6 +122,7 @@ class Client:
         returns: Any = None,
         timeout: float | None = None,
         metadata: Metadata = None,
+        options: Options = None,
     ) -> AsyncGenerator[Any]:
         """Make a request and yield its values until it completes.
 
@@ -113,24 +130,35 @@ class Client:
         """
         bound = self._bound()
         decode = self._decoder(returns)
-        context = self._context(bound.proxy, pattern, metadata)
+        context = self._context(bound.proxy, pattern, metadata, options)
         context.patience = self.seconds(timeout)
         async with aclosing(await bound.stream(data, context)) as values:
             async for value in values:
                 yield decode(value)
 
     async def emit(
-        self, pattern: Any, data: Any = None, *, timeout: float | None = None, metadata: Metadata = None
+        self,
+        pattern: Any,
+        data: Any = None,
+        *,
+        timeout: float | None = None,
+        metadata: Metadata = None,
+        options: Options = None,
     ) -> None:
         """Hand over an event. Raises Unavailable or DeadlineExceeded when it was not handed over."""
         bound = self._bound()
-        context = self._context(bound.proxy, pattern, metadata)
+        context = self._context(bound.proxy, pattern, metadata, options)
         context.cap_deadline(self.seconds(timeout))
         await bound.emit(data, context)
 
     def seconds(self, timeout: float | None) -> float:
         """Return how many seconds a call with this `timeout` may take."""
         return self.timeout if timeout is None else timeout
+
+    @property
+    def status(self) -> Status:
+        """Where the connection of the running loop stands."""
+        return self._bound().proxy.status
 
     async def close(self) -> None:
         """Close the connection of the running loop."""
@@ -155,7 +183,7 @@ class Client:
             bound = self._per_loop[loop] = _Bound(proxy, send, stream_, emit)
         return bound
 
-    def _context(self, proxy: ClientProxy, pattern: Any, metadata: Metadata) -> RpcContext:
+    def _context(self, proxy: ClientProxy, pattern: Any, metadata: Metadata, options: Options) -> RpcContext:
         written = codec.encode(pattern)
         context = RpcContext(
             service=self.service,
@@ -164,6 +192,7 @@ class Client:
             transport=proxy.scheme,
             side="client",
             peer=str(proxy.address),
+            record=proxy.read_record(options) if options else None,
         )
         caller = current.get()
         if caller is not None:
@@ -186,13 +215,14 @@ class Client:
     def _decoder(self, returns: Any) -> codec.Decoder:
         decode = self._decoders.get(returns)
         if decode is None:
-            typed = msgspec.json.Decoder(Any if returns is None else returns)
+            typed = codec.decoder(Any if returns is None else returns)
 
             def decode(raw: bytes | Raw) -> Any:
                 try:
-                    return typed.decode(raw)
-                except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-                    message = f"{self.service} answered in another shape than expected: {error}"
+                    return typed(raw)
+                except InvalidPayload as error:
+                    where = "".join(field["pointer"] for field in error.errors[:1])
+                    message = f"{self.service} answered in another shape than expected: {error} at {where or '/'}"
                     raise RpcException({"statusCode": 502, "code": "bad-answer", "message": message}) from error
 
             self._decoders[returns] = decode
@@ -313,14 +343,14 @@ class Clients:
 def _connect(service: str) -> ClientProxy:
     settings = get_settings()
     if service == EVENTS:
-        address = transports.parse(settings.events_url)
+        address = conf.events_address()
         if address.scheme == MemoryBus.scheme:
             return MemoryBus(address, [get_microservice(name).dispatcher for name in services_here()])
         return transports.load(address, "bus")(address, service)  # type: ignore[no-any-return]
     if service in settings.servers:
         return LocalClient(get_microservice(service).dispatcher)
     place = settings.clients[service]
-    address = conf.address(place.url, rpcs=place.rpcs)
+    address = conf.address(place.url, place.options, rpcs=place.rpcs)
     return transports.load(address, "client")(address, service)  # type: ignore[no-any-return]
 
 

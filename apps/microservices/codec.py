@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import msgspec
 from msgspec import Raw
@@ -15,7 +16,48 @@ from .packets import Packet, Reply
 Decoder = Callable[[bytes | Raw], Any]
 P = TypeVar("P", Packet, Reply)
 
-_encoder = msgspec.json.Encoder()
+
+class PayloadKind(ABC):
+    """How payloads of a kind that msgspec does not know become JSON, and JSON becomes them."""
+
+    blocking: ClassVar[bool] = False
+    """Whether decoding may wait, for a database: then it belongs into the thread of a `def` handler."""
+
+    @abstractmethod
+    def accepts(self, annotation: Any) -> bool:
+        """Return whether `annotation`, a handler's or the type of what it returned, is of this kind."""
+
+    @abstractmethod
+    def decoder(self, annotation: Any) -> Decoder:
+        """Compile a function that decodes JSON into `annotation`; it raises InvalidPayload."""
+
+    @abstractmethod
+    def encode(self, value: Any) -> Any:
+        """Return a value of this kind as plain objects."""
+
+
+_kinds: list[PayloadKind] = []
+
+
+def register(kind: PayloadKind) -> None:
+    """Have payloads of one more kind understood. To be done before handlers are declared."""
+    _kinds[:] = [known for known in _kinds if type(known) is not type(kind)] + [kind]
+
+
+def kind_of(annotation: Any) -> PayloadKind | None:
+    """Return the registered kind of a payload; None for what msgspec knows itself."""
+    return next((kind for kind in _kinds if kind.accepts(annotation)), None)
+
+
+def plain(value: Any) -> Any:
+    """Return a payload of a registered kind as plain objects. Raises TypeError for any other."""
+    kind = kind_of(type(value))
+    if kind is None:
+        raise TypeError(f"Encoding objects of type {type(value).__qualname__} is unsupported")
+    return kind.encode(value)
+
+
+_encoder = msgspec.json.Encoder(enc_hook=plain)
 _packets = msgspec.json.Decoder(Packet)
 _replies = msgspec.json.Decoder(Reply)
 
@@ -64,8 +106,12 @@ def decoder(annotation: Any) -> Decoder:
     """Compile a function that decodes JSON into `annotation`; it raises InvalidPayload naming the field.
 
     `annotation` is anything that msgspec can decode: a Struct, a dataclass, a TypedDict, a built-in
-    type, or Any for plain objects. Raises TypeError for a type that JSON cannot fill.
+    type, or Any for plain objects; or of a kind that is registered. Raises TypeError for a type that
+    JSON cannot fill.
     """
+    kind = kind_of(annotation)
+    if kind is not None:
+        return kind.decoder(annotation)
     typed = msgspec.json.Decoder(annotation).decode
 
     def decode_payload(raw: bytes | Raw) -> Any:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import msgspec
@@ -13,10 +15,11 @@ from django.utils.module_loading import import_string
 
 from . import transports
 from .exceptions import ConfigurationError
-from .transports import Address, Seconds
+from .transports import Address, Seconds, Transport
 
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 
+NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 PRIVATE_NETWORKS = ("127.0.0.0/8", "::1/128", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7")
 
 
@@ -27,6 +30,8 @@ class Service(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     health: Port | None = None
     grpc: str = ""
     """Where its gRPC methods are, if not at `url` itself."""
+    options: dict[str, Any] = {}
+    """What its transport is told at `url`, beside the URL's own query."""
     rpcs: dict[str, str] = {}
     """The RPC of each pattern that is called by gRPC: `{"get_user": "UsersService/FindOne"}`."""
 
@@ -46,6 +51,12 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="
     data_dir: str = "data"
     """Where the bus that `runfleet` brings along keeps its data."""
     events_url: str = "memory://"
+    events_options: dict[str, Any] = {}
+    """What the bus is told, beside the URL's own query."""
+    transports: dict[str, Transport] = {}
+    """Transports of the project's own, by URL scheme: dotted paths of their classes."""
+    payload_kinds: list[str] = msgspec.field(default_factory=lambda: ["microservices.payloads.SerializerPayload"])
+    """What payloads may be beside what msgspec knows: dotted paths of `codec.PayloadKind` classes."""
     call_timeout: Seconds = 5.0
     drain_timeout: Seconds = 30.0
     heartbeat: Annotated[float, msgspec.Meta(ge=0)] = 5.0
@@ -80,19 +91,26 @@ def get_settings() -> Settings:
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}."
             raise ConfigurationError(f"MICROSERVICES has no {key!r}: {hint}")
     try:
-        return msgspec.convert(given, Settings)
+        found = msgspec.convert(given, Settings)
     except msgspec.ValidationError as error:
         raise ConfigurationError(f"MICROSERVICES: {error}") from error
+    transports.declare(found.transports)
+    return found
 
 
-def address(url: str, **options: Any) -> Address:
+def address(url: str, options: Mapping[str, Any] = NO_OPTIONS, *, rpcs: Mapping[str, str] = NO_OPTIONS) -> Address:
     """Return the address of a URL, with what its transport is told beside it. Raises ConfigurationError."""
     parsed = transports.parse(url)
+    told = dict(options)
     if parsed.scheme in ("grpc", "grpcs"):
-        options |= proto_options()
-    else:
-        options.pop("rpcs", None)
-    return parsed._replace(options={**options, **parsed.options})
+        told = {**proto_options(), "rpcs": rpcs, **told}
+    return parsed._replace(options={**told, **parsed.options})
+
+
+def events_address() -> Address:
+    """Return the address of the event bus. Raises ConfigurationError."""
+    settings = get_settings()
+    return address(settings.events_url, settings.events_options)
 
 
 def proto_options() -> dict[str, Any]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import copy
+from types import MappingProxyType
 from typing import Any
 
 from msgspec import Raw
@@ -14,6 +15,7 @@ from msgspec import Raw
 from .exceptions import DeadlineExceeded
 
 _NO_PATTERN = Raw(b"null")
+NO_HEADERS: Mapping[str, Any] = MappingProxyType({})
 
 current: ContextVar[RpcContext | None] = ContextVar("microservices.context", default=None)
 """The message that this task or thread is working on; calls made meanwhile inherit from it."""
@@ -27,20 +29,25 @@ class RpcContext:
 
     `service` is the service called, `pattern` the route, `transport` the URL scheme, `peer` the
     other side's address, `metadata` the strings that travelled beside the payload, `deadline` a
-    reading of `time.monotonic()` or None, `native` the transport's own object of the message, where it
-    has one (gRPC's ServicerContext). On the calling side `raw_pattern` is the pattern as
-    JSON, as the caller wrote it, and `patience` the seconds to wait for each next value of a stream.
+    reading of `time.monotonic()` or None. `channel` is the concrete name under which the message came,
+    where `pattern` is a wildcard, `headers` what the transport's own message said beside its body, and
+    `native` that message itself, as the driver gives it (docs/transports.md lists them). On the calling side
+    `raw_pattern` is the pattern as JSON, as the caller wrote it, `patience` the seconds to wait for each
+    next value of a stream, and `record` what the transport was told beside this one message.
     """
 
     __slots__ = (
         "_id",
+        "channel",
         "deadline",
+        "headers",
         "metadata",
         "native",
         "patience",
         "pattern",
         "peer",
         "raw_pattern",
+        "record",
         "service",
         "side",
         "transport",
@@ -59,7 +66,10 @@ class RpcContext:
         deadline: float | None = None,
         patience: float | None = None,
         raw_pattern: Raw = _NO_PATTERN,
+        channel: str | None = None,
+        headers: Mapping[str, Any] = NO_HEADERS,
         native: Any = None,
+        record: Any = None,
     ) -> None:
         self.service = service
         self.pattern = pattern
@@ -71,7 +81,10 @@ class RpcContext:
         self.deadline = deadline
         self.patience = patience
         self.raw_pattern = raw_pattern
+        self.channel = pattern if channel is None else channel
+        self.headers = headers
         self.native = native
+        self.record = record
 
     def __repr__(self) -> str:
         return f"<RpcContext {self.side} {self.service} {self.pattern} {self.transport} {self.peer}>"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextvars import Context
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
-from .context import RpcContext, current, deadline_on_wire
+from .context import NO_HEADERS, RpcContext, current, deadline_on_wire
 from .exceptions import INTERNAL, DeadlineExceeded, NoHandler, RpcException
 from .executor import Executor, Lender, lender
 from .handlers import Colour, Delivery, Door, Handler
@@ -93,16 +93,18 @@ class Dispatcher:
         channel: str | None = None,
         delivery: Delivery | None = None,
         route: Route | None = None,
+        headers: Mapping[str, Any] = NO_HEADERS,
         native: Any = None,
     ) -> asyncio.Task[Any] | None:
         """Run what a packet asks for; returns the task that does, or None when it is done already.
 
         The task of an event ends with the list of what its handlers raised.
 
-        Answers go to `reply`. `channel` is the route where the transport knows it better than the
-        packet, `route` where it has found that already. `delivery` narrows an event's handlers to those
-        that want it so, where a bus tells them apart. `native` is the transport's own object of the
-        message. The caller owns the task: it keeps it, and cancels it when the peer is gone.
+        Answers go to `reply`. `channel` is the name under which the message came, where the transport
+        has such names: it decides instead of the packet's pattern. `route` is given where the transport
+        has found that itself, by a wildcard. `delivery` narrows an event's handlers to those that want it
+        so, where a bus tells them apart. `headers` and `native` are the transport's own. The caller owns
+        the task: it keeps it, and cancels it when the peer is gone.
         """
         if route is None:
             route = self._find(packet.pattern) if channel is None else self._routes.get(channel)
@@ -122,6 +124,8 @@ class Dispatcher:
             metadata=_texts(packet.metadata) if isinstance(packet.metadata, dict) else None,
             id=None if isinstance(packet.id, UnsetType) else packet.id,
             deadline=None if packet.metadata is UNSET else deadline_on_wire(packet.metadata),
+            channel=channel,
+            headers=headers,
             native=native,
         )
         if is_event:
@@ -242,6 +246,12 @@ class Dispatcher:
                     routes[door.route] = route._replace(request=target)
 
     def _innermost(self, handler: Handler) -> Endpoint:
+        def convert_and_invoke(data: Any, context: RpcContext) -> Any:
+            return handler.invoke(handler.convert(data), context)
+
+        async def all_in_pool(data: Any, context: RpcContext) -> Any:
+            return await self._executor.run(partial(convert_and_invoke, data, context), context)
+
         async def in_pool(data: Any, context: RpcContext) -> Any:
             payload = handler.convert(data)
             return await self._executor.run(partial(handler.invoke, payload, context), context)
@@ -255,6 +265,8 @@ class Dispatcher:
         async def in_consumer(data: Any, context: RpcContext) -> Any:
             await handler.deliver(handler.convert(data), context)
 
+        if handler.converts_in_thread:
+            return all_in_pool
         ways = {Colour.POOL: in_pool, Colour.TASK: in_task, Colour.CONSUMER: in_consumer}
         return ways.get(handler.colour, in_place)
 

@@ -123,11 +123,14 @@ _CODES = {400: "invalid", 401: "unauthenticated", 403: "forbidden", 404: "not-fo
 
 
 class InvalidPayload(RpcException):
-    """The payload does not fit the handler's annotation. `pointer` is a JSON pointer (RFC 6901)."""
+    """The payload does not fit the handler's annotation.
 
-    def __init__(self, message: str, pointer: str = "") -> None:
-        field = {"pointer": pointer, "message": message, "code": "invalid"}
-        super().__init__({"statusCode": 400, "code": "invalid", "message": message, "errors": [field]})
+    `pointer` is a JSON pointer (RFC 6901); `errors` are several of them, each with its `message` and `code`.
+    """
+
+    def __init__(self, message: str, pointer: str = "", errors: list[dict[str, Any]] | None = None) -> None:
+        fields = errors or [{"pointer": pointer, "message": message, "code": "invalid"}]
+        super().__init__({"statusCode": 400, "code": "invalid", "message": message, "errors": fields})
 
 
 class NoHandler(RpcException):

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from msgspec import Raw
 
-from .codec import decoder
+from .codec import decoder, kind_of
 from .context import RpcContext
 from .exceptions import ConfigurationError
 from .mailbox import Mailbox
@@ -149,6 +149,11 @@ class Handler:
             self.payload = typing.get_args(self.payload)[0]
             self._check_stream()
         self.result = hints.get("return", Any)
+        kind = kind_of(self.payload)
+        self.converts_in_thread = kind is not None and kind.blocking
+        """Whether its payload is to be converted where it may wait."""
+        if self.converts_in_thread and self.colour is not Colour.POOL:
+            raise ConfigurationError(f"{self.name}: {self.payload!r} may ask the database: only for a `def` handler.")
         try:
             self._decode = decoder(self.payload)
         except TypeError as error:

@@ -13,7 +13,7 @@ from contextvars import Context
 from enum import StrEnum
 from typing import Any
 
-from . import transports
+from . import conf, transports
 from .client import Client, clients
 from .conf import Settings, get_settings
 from .discovery.registry import Heartbeat, Report
@@ -189,7 +189,7 @@ class Lifecycle:
 
 
 def _bus_for_beats(settings: Settings) -> Client:
-    address = transports.parse(settings.events_url)
+    address = conf.events_address()
     if address.scheme == "memory":
         return clients.events
     if address.scheme.endswith("-streams"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 
 from . import conf, transports
 from .conf import get_settings, load
@@ -27,13 +27,13 @@ class Microservice:
         self,
         dispatcher: Dispatcher,
         urls: Sequence[str],
-        events_url: str = "memory://",
+        events: Address | None = None,
         address: Callable[[str], Address] = transports.parse,
     ) -> None:
         self.name = dispatcher.service
         self.dispatcher = dispatcher
         self.urls = tuple(urls)
-        self.events_url = events_url
+        self._events = events
         self._address = address
         self.servers: list[Server] = []
         self.shared: list[Server] = []
@@ -65,6 +65,7 @@ class Microservice:
 
     async def _open(self, address: Address, role: Role, doors: dict[str, Server]) -> None:
         server: Server = transports.load(address, role)(address, self.dispatcher)
+        server.hears_events = role == "listener" or not self._hears_at(address)
         try:
             await server.listen()
         except OSError as error:
@@ -89,13 +90,27 @@ class Microservice:
         return list({id(h.mailbox): h.mailbox for h in self.dispatcher.handlers if h.mailbox is not None}.values())
 
     def _addresses(self, urls: Sequence[str]) -> Iterator[tuple[Address, Role]]:
-        for url in urls:
-            yield self._address(url), "server"
-        # A server at the bus's own address brings the events along.
+        addresses = [self._address(url) for url in urls]
+        for address in addresses:
+            yield address, "server"
         hears = any(self.dispatcher.hears(route) for route in self.dispatcher.routes)
-        events = transports.parse(self.events_url)
-        if hears and events.scheme != "memory" and self.events_url not in urls:
-            yield events, "listener"
+        if hears and self._events is not None and not any(_brings(address, self._events) for address in addresses):
+            yield self._events, "listener"
+
+    def _hears_at(self, address: Address) -> bool:
+        # What the bus brings must not come a second time through a server at the same broker.
+        same = self._events is not None and _same_broker(address, self._events)
+        return same and self._events is not None and not _brings(address, self._events)
+
+
+def _same_broker(one: Address, other: Address) -> bool:
+    return (one.scheme, one.hosts) == (other.scheme, other.hosts)
+
+
+def _brings(address: Address, events: Address) -> bool:
+    """Return whether a server at `address` is what listens to the bus, too."""
+    transport = transports.SCHEMES[address.scheme]
+    return _same_broker(address, events) and transport.server == transport.listener
 
 
 def services_here() -> list[str]:
@@ -127,7 +142,11 @@ def get_microservice(name: str) -> Microservice:
         raise ConfigurationError(f"The service {name!r} does not live in this process (here: {here}).")
     middlewares = [load(path) for path in settings.server_middleware]
     dispatcher = Dispatcher(name, registry.of(name), get_executor(), middlewares)
-    return Microservice(dispatcher, list(_doors(name, dispatcher)), settings.events_url, conf.address)
+    place = settings.servers.get(name)
+    address = partial(conf.address, options=place.options) if place is not None else conf.address
+    events = conf.events_address()
+    bus = None if events.scheme == "memory" else events
+    return Microservice(dispatcher, list(_doors(name, dispatcher)), bus, address)
 
 
 def _doors(name: str, dispatcher: Dispatcher) -> Iterator[str]:

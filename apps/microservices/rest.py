@@ -204,7 +204,7 @@ def _rpc_problem(error: RpcException, path: str, service: str | None) -> dict[st
 
 def _http_problem(error: Exception, status: int, path: str) -> dict[str, Any]:
     if isinstance(error, exceptions.ValidationError):
-        return problem(status, "invalid", path, "The data is not valid.", errors=_fields(error.get_full_details()))
+        return problem(status, "invalid", path, "The data is not valid.", errors=error_fields(error))
     if isinstance(error, Http404):
         return problem(status, "not-found", path)
     if isinstance(error, PermissionDenied):
@@ -212,6 +212,11 @@ def _http_problem(error: Exception, status: int, path: str) -> dict[str, Any]:
     codes = error.get_codes() if isinstance(error, exceptions.APIException) else "error"
     code = codes.replace("_", "-") if isinstance(codes, str) else "error"
     return problem(status, code, path, str(getattr(error, "detail", "")))
+
+
+def error_fields(error: exceptions.ValidationError) -> list[dict[str, Any]]:
+    """Return each error with the JSON pointer (RFC 6901) of its field."""
+    return _fields(error.get_full_details())
 
 
 def _fields(details: Any, pointer: str = "") -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -12,7 +13,7 @@ import msgspec
 from ..exceptions import ConfigurationError
 
 
-class Transport(NamedTuple):
+class Transport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The dotted paths of a scheme's classes: what serves and what calls a service, what emits and hears events."""
 
     server: str = ""
@@ -21,42 +22,82 @@ class Transport(NamedTuple):
     listener: str = ""
     broker: bool = False
     """Whether the address is a broker's, which all services may share."""
+    names_port: bool = False
+    """Whether a URL must name a host and a port."""
+    several: bool = False
+    """Whether a URL may name several hosts."""
+    port: int = 0
+    """The port where a URL names none."""
     extra: str = ""
     """The extra of the distribution that brings what it needs."""
 
 
+_HERE = "microservices.transports"
+_TCP = Transport(server=f"{_HERE}.tcp.TcpServer", client=f"{_HERE}.tcp.TcpClient", names_port=True)
+_GRPC = Transport(server=f"{_HERE}.grpc.GrpcServer", client=f"{_HERE}.grpc.GrpcClient", names_port=True, extra="grpc")
 _REDIS = Transport(
-    server="microservices.transports.redis.RedisServer",
-    client="microservices.transports.redis.RedisClient",
-    bus="microservices.transports.redis.RedisClient",
-    listener="microservices.transports.redis.RedisServer",
+    server=f"{_HERE}.redis.RedisServer",
+    client=f"{_HERE}.redis.RedisClient",
+    bus=f"{_HERE}.redis.RedisClient",
+    listener=f"{_HERE}.redis.RedisServer",
     broker=True,
+    several=True,
+    port=6379,
     extra="redis",
 )
-_STREAMS = Transport(
-    bus="microservices.transports.redis_streams.StreamsBus",
-    listener="microservices.transports.redis_streams.StreamsListener",
-    broker=True,
-    extra="redis",
+_STREAMS = msgspec.structs.replace(
+    _REDIS,
+    server="",
+    client="",
+    bus=f"{_HERE}.redis_streams.StreamsBus",
+    listener=f"{_HERE}.redis_streams.StreamsListener",
 )
-_GRPC = Transport(
-    server="microservices.transports.grpc.GrpcServer",
-    client="microservices.transports.grpc.GrpcClient",
-    extra="grpc",
-)
+
+
+def _broker(module: str, name: str, port: int) -> Transport:
+    return Transport(
+        server=f"{_HERE}.{module}.{name}Server",
+        client=f"{_HERE}.{module}.{name}Client",
+        bus=f"{_HERE}.{module}.{name}Bus",
+        listener=f"{_HERE}.{module}.{name}Listener",
+        broker=True,
+        several=True,
+        port=port,
+        extra=module,
+    )
+
+
 SCHEMES = {
-    "memory": Transport(bus="microservices.transports.local.MemoryBus"),
+    "memory": Transport(bus=f"{_HERE}.local.MemoryBus"),
+    "tcp": _TCP,
+    "tcps": _TCP,
     "redis": _REDIS,
     "rediss": _REDIS,
     "redis-streams": _STREAMS,
     "rediss-streams": _STREAMS,
-    "tcp": Transport(
-        server="microservices.transports.tcp.TcpServer",
-        client="microservices.transports.tcp.TcpClient",
-    ),
+    "nats": _broker("nats", "Nats", 4222),
+    "mqtt": _broker("mqtt", "Mqtt", 1883),
+    "mqtts": _broker("mqtt", "Mqtt", 8883),
+    "amqp": _broker("rmq", "Rmq", 5672),
+    "amqps": _broker("rmq", "Rmq", 5671),
+    "kafka": _broker("kafka", "Kafka", 9092),
     "grpc": _GRPC,
     "grpcs": _GRPC,
 }
+
+_declared: set[str] = set()
+
+
+def declare(transports: Mapping[str, Transport]) -> None:
+    """Make a project's own transports known, by URL scheme. Raises ConfigurationError for a scheme of ours."""
+    while _declared:
+        SCHEMES.pop(_declared.pop(), None)
+    for scheme, transport in transports.items():
+        if scheme in SCHEMES:
+            raise ConfigurationError(f"{scheme}:// is a transport of the toolkit: name yours otherwise.")
+        SCHEMES[scheme] = transport
+        _declared.add(scheme)
+
 
 Role = Literal["server", "client", "bus", "listener"]
 _ROLES = {"server": "serve a service", "client": "call a service", "bus": "carry events", "listener": "bring events"}
@@ -77,6 +118,13 @@ class Address(NamedTuple):
     username: str = ""
     password: str = ""
     path: str = ""
+    others: tuple[tuple[str, int], ...] = ()
+    """Further hosts and ports of the same broker."""
+
+    @property
+    def hosts(self) -> tuple[tuple[str, int], ...]:
+        """All hosts with their ports, in the order of the URL."""
+        return (self.host, self.port), *self.others
 
     @property
     def place(self) -> str:
@@ -99,17 +147,25 @@ def parse(url: str) -> Address:
         near = difflib.get_close_matches(parts.scheme, SCHEMES, n=1)
         hint = f" Did you mean {near[0]}://?" if near else f" Known: {', '.join(f'{s}://' for s in SCHEMES)}."
         raise ConfigurationError(f"Unknown transport {parts.scheme or url!r} in {url!r}.{hint}")
-    if "," in parts.netloc:
-        raise ConfigurationError(f"{url!r} holds several addresses: give one address for each service.")
+    transport = SCHEMES[parts.scheme]
+    credentials, _, netloc = parts.netloc.rpartition("@")
     try:
-        port = parts.port
+        places = [_place(part, transport.port) for part in netloc.split(",")]
     except ValueError as error:
         raise ConfigurationError(f"{url!r}: {error}.") from error
-    if parts.scheme in ("tcp", "grpc", "grpcs") and not (parts.hostname and port):
+    if len(places) > 1 and not transport.several:
+        raise ConfigurationError(f"{url!r} holds several addresses: give one address for each service.")
+    if transport.names_port and not all(host and port for host, port in places):
         raise ConfigurationError(f"{url!r} must name a host and a port, as in {parts.scheme}://127.0.0.1:3001.")
+    user, _, password = (unquote(part) for part in credentials.partition(":"))
+    (host, port), *others = ((host or ("localhost" if transport.broker else ""), port) for host, port in places)
     options = dict(parse_qsl(parts.query))
-    user, password = unquote(parts.username or ""), unquote(parts.password or "")
-    return Address(parts.scheme, parts.hostname or "", port or 0, options, user, password, parts.path)
+    return Address(parts.scheme, host, port, options, user, password, parts.path, tuple(others))
+
+
+def _place(text: str, default: int) -> tuple[str, int]:
+    parts = urlsplit(f"//{text}")
+    return parts.hostname or "", parts.port or default
 
 
 def load(address: Address, role: Role) -> Any:
@@ -122,20 +178,27 @@ def load(address: Address, role: Role) -> Any:
     module, _, name = path.rpartition(".")
     try:
         return getattr(import_module(module), name)
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:
+        if not transport.extra:
+            raise ConfigurationError(f"{address.scheme}:// names {path!r}: {error}.") from error
         needed = f"pip install 'django-hybrid-microservices[{transport.extra}]'"
-        raise ConfigurationError(f"{address.scheme}:// needs {error.name}: {needed}") from error
+        raise ConfigurationError(f"{address.scheme}:// needs {error.name or module}: {needed}") from error
 
 
 def read_options(shape: type[Any], address: Address) -> Any:
     """Fill a transport's options Struct from the URL's query. Raises ConfigurationError for a bad one."""
+    return fill(shape, address.options, str(address))
+
+
+def fill(shape: type[Any], options: Mapping[str, Any], where: str) -> Any:
+    """Fill a Struct with options by name. Raises ConfigurationError, naming the nearest of an unknown one."""
     known = [field.name for field in msgspec.structs.fields(shape)]
-    for name in address.options:
+    for name in options:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}."
-            raise ConfigurationError(f"{address}: unknown option {name!r}; {hint}")
+            raise ConfigurationError(f"{where}: unknown option {name!r}; {hint}")
     try:
-        return msgspec.convert(address.options, shape, strict=False)
+        return msgspec.convert(options, shape, strict=False)
     except msgspec.ValidationError as error:
-        raise ConfigurationError(f"{address}: {error}") from error
+        raise ConfigurationError(f"{where}: {error}") from error

@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
+import random
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import suppress
+from contextvars import Context
 from enum import StrEnum
 from typing import Any, ClassVar
 
+import msgspec
 from msgspec import UNSET, Raw
 
-from ..context import RpcContext
-from ..dispatcher import Dispatcher, Replier
-from ..exceptions import ConfigurationError, DeadlineExceeded, RpcException, Unavailable
+from ..context import NO_HEADERS, RpcContext
+from ..dispatcher import Dispatcher, Replier, Route
+from ..exceptions import (
+    ConfigurationError,
+    ConnectionLost,
+    DeadlineExceeded,
+    RpcException,
+    Unavailable,
+)
 from ..handlers import Delivery
 from ..packets import Event, Packet, Reply, Request
-from . import Address
+from . import Address, Count, Seconds, fill, read_options
+
+logger = logging.getLogger("microservices.transports")
 
 
 class Status(StrEnum):
@@ -26,13 +39,25 @@ class Status(StrEnum):
     DISCONNECTED = "disconnected"
     CONNECTING = "connecting"
     CONNECTED = "connected"
+    RECONNECTING = "reconnecting"
     CLOSED = "closed"
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    """What the URL of any transport may set; times in seconds. Each transport adds its own."""
+
+    connect_timeout: Seconds = 5
+    max_in_flight: Count = 256
+    """How many messages a server works on at a time."""
+    max_retry_delay: Seconds = 2
+    """The longest pause between two attempts to reach a broker that is away."""
 
 
 class Server(ABC):
     """Brings packets to a dispatcher and its answers back."""
 
     scheme: ClassVar[str]
+    Options: ClassVar[type[Options]] = Options
     opens_port: ClassVar[bool] = True
     """Whether peers connect to it. A broker that is away never makes a process unready."""
     shared: ClassVar[bool] = False
@@ -41,8 +66,12 @@ class Server(ABC):
     def __init__(self, address: Address, dispatcher: Dispatcher) -> None:
         self.address = address
         self.dispatcher = dispatcher
+        self.options: Any = read_options(self.Options, address)
         self.status = Status.DISCONNECTED
+        self.hears_events = True
+        """Whether events come this way, too."""
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._space: asyncio.Future[None] | None = None
 
     @abstractmethod
     async def listen(self) -> None:
@@ -63,6 +92,12 @@ class Server(ABC):
     async def announce(self, ready: bool) -> None:  # noqa: B027 - most protocols have no word for it
         """Tell peers whether this process takes calls."""
 
+    @property
+    def routes(self) -> dict[str, Route]:
+        """The routes that come this way."""
+        routes = self.dispatcher.routes
+        return routes if self.hears_events else {name: route for name, route in routes.items() if route.request}
+
     def handle(
         self,
         packet: Packet,
@@ -71,10 +106,21 @@ class Server(ABC):
         peer: str,
         channel: str | None = None,
         delivery: Delivery | None = None,
+        route: Route | None = None,
+        headers: Mapping[str, Any] = NO_HEADERS,
+        native: Any = None,
     ) -> asyncio.Task[Any] | None:
-        """Hand a packet to the dispatcher; returns the task that works on it, if one has to."""
+        """Hand a packet to the dispatcher, as its `dispatch` tells; returns the task that works on it, if any."""
         task = self.dispatcher.dispatch(
-            packet, reply, transport=self.scheme, peer=peer, channel=channel, delivery=delivery
+            packet,
+            reply,
+            transport=self.scheme,
+            peer=peer,
+            channel=channel,
+            delivery=delivery,
+            route=route,
+            headers=headers,
+            native=native,
         )
         return self.keep(task)
 
@@ -82,8 +128,26 @@ class Server(ABC):
         """Own a task until it ends: closing waits for it."""
         if task is not None:
             self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(self._ended)
         return task
+
+    @property
+    def full(self) -> bool:
+        """Whether as many messages are worked on as may be."""
+        return bool(len(self._tasks) >= self.options.max_in_flight)
+
+    async def room(self) -> None:
+        """Wait until one more message may be worked on."""
+        while self.full:
+            if self._space is None:
+                self._space = asyncio.get_running_loop().create_future()
+            await asyncio.shield(self._space)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if self._space is not None and not self.full:
+            space, self._space = self._space, None
+            space.set_result(None)
 
     async def finish(self, grace: float) -> int:
         """Wait for running handlers; cancel and count those that take longer than `grace` seconds."""
@@ -97,10 +161,93 @@ class Server(ABC):
         return len(late)
 
 
+class BrokerServer(Server):
+    """A server that hears from a broker, and goes on trying for as long as that is away."""
+
+    opens_port = False
+
+    def __init__(self, address: Address, dispatcher: Dispatcher) -> None:
+        super().__init__(address, dispatcher)
+        self.connected = asyncio.Event()
+        """Set while messages come."""
+        self._keeping: asyncio.Task[None] | None = None
+
+    # What a transport does
+
+    @abstractmethod
+    async def subscribe(self) -> None:
+        """Connect and subscribe once. Raises RpcException, OSError or TimeoutError where that cannot be."""
+
+    @abstractmethod
+    async def until_lost(self) -> str:
+        """Return why, when no messages come any more."""
+
+    @abstractmethod
+    async def unsubscribe(self) -> None:
+        """Take no new messages; those that the broker has handed over are still worked on."""
+
+    @abstractmethod
+    async def disconnect(self) -> None:
+        """Let go of the connection, whatever became of it."""
+
+    # What it is given
+
+    async def listen(self) -> None:
+        """Subscribe; where the broker is away, go on trying in the background."""
+        self._keeping = asyncio.get_running_loop().create_task(self._keep_subscribed(), context=Context())
+        with suppress(TimeoutError):  # told already, with the reason
+            async with asyncio.timeout(self.options.connect_timeout):
+                await self.connected.wait()
+
+    async def close(self, grace: float) -> None:
+        loop = asyncio.get_running_loop()
+        end = loop.time() + grace
+        if self._keeping is not None:
+            self._keeping.cancel()
+            await asyncio.wait([self._keeping])
+        if self.connected.is_set():
+            with suppress(RpcException, OSError, TimeoutError):
+                async with asyncio.timeout(max(grace, 0.1)):
+                    await self.unsubscribe()
+        await self.finish(end - loop.time())
+        await self.disconnect()
+        self.connected.clear()
+        self.status = Status.CLOSED
+
+    async def _keep_subscribed(self) -> None:
+        self.status = Status.CONNECTING
+        delay, told = 0.05, ""
+        while True:
+            try:
+                await self.subscribe()
+                self.status = Status.CONNECTED
+                self.connected.set()
+                delay, told = 0.05, ""
+                reason = await self.until_lost()
+            except (RpcException, OSError, TimeoutError) as error:
+                reason = str(error) or "the broker did not answer in time"
+            except Exception as error:
+                # It goes on: a server that has ended would be a dead part of a healthy process.
+                logger.exception("%s stumbled over %s", self.dispatcher.service, self.address)
+                reason = repr(error)
+            if self.connected.is_set():
+                self.connected.clear()
+                self.status = Status.RECONNECTING
+            if reason != told:  # once, not with every attempt
+                logger.warning("%s does not hear %s: %s", self.dispatcher.service, self.address, reason)
+                told = reason
+            await self.disconnect()
+            await asyncio.sleep(delay * random.uniform(0.5, 1))  # noqa: S311 - only to spread reconnects
+            delay = min(delay * 2, self.options.max_retry_delay)
+
+
 class ClientProxy(ABC):
     """Calls one service: keeps the calls that wait for an answer, by id."""
 
     scheme: ClassVar[str]
+    Options: ClassVar[type[Options]] = Options
+    Record: ClassVar[type[msgspec.Struct] | None] = None
+    """What this transport can be told beside a single message: NestJS's record builders."""
     max_pending = 10_000
     max_buffered_values = 1024
     id_bytes = 6
@@ -108,7 +255,11 @@ class ClientProxy(ABC):
     def __init__(self, address: Address, service: str) -> None:
         self.address = address
         self.service = service
+        self.options: Any = read_options(self.Options, address)
         self.status = Status.DISCONNECTED
+        self._opening: asyncio.Task[None] | None = None
+        self._failure = ""
+        self._was_connected = False
         self._pending: dict[str, _Call | _Stream] = {}
         # Unique across processes, so that one id finds a call in the logs of both sides.
         self._prefix = os.urandom(self.id_bytes).hex()
@@ -116,21 +267,19 @@ class ClientProxy(ABC):
 
     # What a transport does
 
-    @abstractmethod
-    async def connect(self) -> None:
-        """Return when a message can be handed over. Raises Unavailable."""
+    async def open(self) -> None:  # noqa: B027 - within a process there is nothing to connect
+        """Connect once. Raises Unavailable, OSError or TimeoutError."""
 
     @abstractmethod
-    async def publish(self, request: Request, route: str) -> None:
-        """Hand over a request. Its answers come back through `receive`."""
+    async def publish(self, request: Request, context: RpcContext) -> None:
+        """Hand over a request to `context.pattern`, as `context.record` tells. Its answers come by `receive`."""
 
     @abstractmethod
-    async def dispatch_event(self, event: Event, route: str) -> None:
+    async def dispatch_event(self, event: Event, context: RpcContext) -> None:
         """Hand over an event; return when that is done, raise Unavailable where it is not."""
 
-    @abstractmethod
-    async def close(self) -> None:
-        """Disconnect and fail all pending calls."""
+    async def disconnect(self) -> None:  # noqa: B027
+        """Let go of the connection, if there is one."""
 
     @abstractmethod
     def unwrap(self) -> Any:
@@ -139,7 +288,67 @@ class ClientProxy(ABC):
     def abandon(self, id: str) -> None:  # noqa: B027 - most transports have nothing to do here
         """Called when nobody waits for this request any more; the protocol has no word for it."""
 
+    def ready(self) -> bool:
+        """Return whether a message can be handed over at once, without `connect`."""
+        return self.status is Status.CONNECTED
+
     # What every transport is given
+
+    async def connect(self) -> None:
+        """Return when a message can be handed over; all who wait share one attempt. Raises Unavailable."""
+        if self.status is Status.CONNECTED:
+            return
+        if self._opening is None:
+            # It belongs to none of those who wait: neither their context nor their cancellation is its own.
+            self._opening = asyncio.get_running_loop().create_task(self._connect(), context=Context())
+        await asyncio.wait([self._opening])
+        self._check_connected()
+
+    def lost(self, reason: str) -> None:
+        """Fail all pending calls at once: the connection is gone. The next call connects again."""
+        if self.status is not Status.CLOSED:
+            self.status = Status.DISCONNECTED
+        self.fail_pending(ConnectionLost(reason))
+
+    async def close(self) -> None:
+        """Disconnect and fail all pending calls."""
+        self.status = Status.CLOSED
+        self.fail_pending(Unavailable(f"The client of {self.service} is closed.", code="closed"))
+        if self._opening is not None:
+            self._opening.cancel()
+            await asyncio.wait([self._opening])
+        await self.disconnect()
+
+    def read_record(self, options: Mapping[str, Any]) -> Any:
+        """Return the `Record` of one message. Raises ConfigurationError for what this transport has not."""
+        if self.Record is None:
+            raise ConfigurationError(f"{self.scheme}:// can be told nothing beside a message: {', '.join(options)}.")
+        return fill(self.Record, options, f"{self.scheme}://")
+
+    def _check_connected(self) -> None:
+        if self.status is Status.CLOSED:
+            raise Unavailable(f"The client of {self.service} is closed.", code="closed")
+        if self.status is not Status.CONNECTED:
+            raise Unavailable(self._failure)
+
+    async def _connect(self) -> None:
+        self.status = Status.RECONNECTING if self._was_connected else Status.CONNECTING
+        where = f"{self.service} cannot be reached at {self.address}"
+        try:
+            async with asyncio.timeout(self.options.connect_timeout):
+                await self.open()
+            self.status = Status.CONNECTED
+            self._was_connected = True
+        except Unavailable as error:
+            self._failure = error.message
+        except TimeoutError:
+            self._failure = f"{where}: no connection within {self.options.connect_timeout:g} s."
+        except (OSError, UnicodeError) as error:  # no name, or one that cannot be a host's
+            self._failure = f"{where}: {getattr(error, 'strerror', None) or error}."
+        finally:
+            if self.status in (Status.CONNECTING, Status.RECONNECTING):
+                self.status = Status.DISCONNECTED
+            self._opening = None
 
     async def send(self, data: Any, context: RpcContext) -> Raw | None:
         """Make the request that `context` names and return its first value as JSON; None where there is none.
@@ -151,7 +360,7 @@ class ClientProxy(ABC):
         timer = self._give_up_at_deadline(call, context)
         context.id = id = self._enter(call)
         try:
-            await self.publish(self._request(data, context, id), context.pattern)
+            await self.publish(self._request(data, context, id), context)
             return await call.future
         except asyncio.CancelledError:
             self.abandon(id)
@@ -173,7 +382,7 @@ class ClientProxy(ABC):
         inbox = _Stream(self.max_buffered_values)
         context.id = id = self._enter(inbox)
         try:
-            await self.publish(self._request(data, context, id), context.pattern)
+            await self.publish(self._request(data, context, id), context)
             while True:
                 wait = min((w for w in (context.patience, context.remaining()) if w is not None), default=None)
                 try:
@@ -195,7 +404,7 @@ class ClientProxy(ABC):
         try:
             async with asyncio.timeout(context.remaining()):
                 event = Event(context.raw_pattern, data, context.metadata or UNSET)
-                await self.dispatch_event(event, context.pattern)
+                await self.dispatch_event(event, context)
         except TimeoutError:
             raise DeadlineExceeded() from None
 
@@ -229,10 +438,6 @@ class ClientProxy(ABC):
         waiting, self._pending = self._pending, {}
         for call in waiting.values():
             call.fail(error)
-
-    def ready(self) -> bool:
-        """Whether a message can be handed over at once, without `connect`."""
-        return False
 
     async def _until_ready(self, context: RpcContext) -> None:
         context.check_deadline()

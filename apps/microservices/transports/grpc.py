@@ -24,25 +24,30 @@ from ..dispatcher import Dispatcher, Route
 from ..exceptions import ConfigurationError, DeadlineExceeded, InvalidPayload, NoHandler, RpcException, Unavailable
 from ..handlers import Colour, Handler
 from ..packets import Event, Packet, Reply, Request, Response, pattern_name
-from . import Address, Count, Seconds, protos, read_options
+from . import Address, Count, Seconds, protos
 from .base import ClientProxy, Server, Status
 from .local import LocalClient
 from .protos import Method, Protos
 from .statuses import from_metadata, from_status, to_metadata, to_status
+from .tls import TlsOptions
 
 _MIB = 1024 * 1024
 
 
-class _Options(msgspec.Struct, frozen=True, kw_only=True):
-    """What servers and clients share: sizes in bytes, times in seconds, files as PEM."""
+class Options(TlsOptions, frozen=True, kw_only=True):
+    """What a URL may set beside TLS: sizes in bytes, times in seconds; `rpcs` names the RPC of each pattern."""
 
-    proto_path: list[str] = []
+    proto_path: list[str] = []  # noqa: RUF012 - msgspec copies it
     cache: str = ""
+    rpcs: dict[str, str] = {}  # noqa: RUF012
     max_message_length: Count = 4 * _MIB
     max_metadata_size: Count = 8192
-    certfile: str = ""
-    keyfile: str = ""
-    cafile: str = ""
+    max_concurrent_streams: Count = 100
+    max_in_flight: Count = 1000
+    max_connection_age: Seconds = 1800
+    max_connection_age_grace: Seconds = 30
+    keepalive: Seconds | None = None
+    reflection: bool = False
 
     def channel(self) -> list[tuple[str, int | str]]:
         return [
@@ -60,25 +65,6 @@ class _Options(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigurationError(f"{name} {path!r} cannot be read: {error.strerror}") from error
 
 
-class ServerOptions(_Options, frozen=True, kw_only=True):
-    """What a server's URL may set beside the `_Options`; with `cafile`, peers need a certificate."""
-
-    max_concurrent_streams: Count = 100
-    max_in_flight: Count = 1000
-    max_connection_age: Seconds = 1800
-    max_connection_age_grace: Seconds = 30
-    reflection: bool = False
-
-
-class ClientOptions(_Options, frozen=True, kw_only=True):
-    """What a client's URL may set beside the `_Options`; `rpcs` names the RPC of each pattern."""
-
-    rpcs: dict[str, str] = {}
-    connect_timeout: Seconds = 5
-    keepalive: Seconds | None = None
-    server_name: str = ""
-
-
 # Serving
 
 
@@ -86,11 +72,11 @@ class GrpcServer(Server):
     """Answers any gRPC client with the handlers that are marked `@grpc_method`."""
 
     scheme = "grpc"
+    Options = Options
     shared = True
 
     def __init__(self, address: Address, dispatcher: Dispatcher) -> None:
         super().__init__(address, dispatcher)
-        self.options: ServerOptions = read_options(ServerOptions, address)
         self.port = 0
         """The port that it really listens on; 0 while it does not."""
         self._protos = protos.load(tuple(self.options.proto_path), self.options.cache)
@@ -349,7 +335,11 @@ async def _each(method: Method, bodies: AsyncIterable[bytes]) -> AsyncIterator[R
 
 def plain(value: Any) -> Any:
     """Return a value as dicts, lists and scalars. Raises TypeError for one that has no such form."""
-    return codec.decode(value) if isinstance(value, Raw) else msgspec.to_builtins(value, builtin_types=(bytes,))
+    return (
+        codec.decode(value)
+        if isinstance(value, Raw)
+        else msgspec.to_builtins(value, builtin_types=(bytes,), enc_hook=codec.plain)
+    )
 
 
 def _told(native: grpc.aio.ServicerContext[Any, Any]) -> dict[str, str]:
@@ -419,31 +409,27 @@ class GrpcClient(ClientProxy):
     """Calls any gRPC server: patterns that are mapped to RPCs, and RPCs by name."""
 
     scheme = "grpc"
+    Options = Options
 
     def __init__(self, address: Address, service: str) -> None:
         super().__init__(address, service)
-        self.options: ClientOptions = read_options(ClientOptions, address)
         self._protos = protos.load(tuple(self.options.proto_path), self.options.cache)
         for path in self.options.rpcs.values():
             self._protos.method(path)
         self._channel: grpc.aio.Channel | None = None
         self._methods: dict[str, tuple[Method, Any]] = {}
 
-    def ready(self) -> bool:
-        return self.status is Status.CONNECTED
-
-    async def connect(self) -> None:
+    async def open(self) -> None:
         if self._channel is None:
-            self._channel = self._open()
-        self.status = Status.CONNECTING
-        try:
-            async with asyncio.timeout(self.options.connect_timeout):
-                await self._until_connected(self._channel)
-        except TimeoutError:
-            raise Unavailable(f"{self.service} cannot be reached at {self.address}: no connection in time.") from None
-        finally:
-            if self.status is Status.CONNECTING:
-                self.status = Status.DISCONNECTED
+            self._channel = self._new_channel()
+        while (state := self._channel.get_state(try_to_connect=True)) is not grpc.ChannelConnectivity.READY:
+            if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
+                raise Unavailable(f"{self.service} cannot be reached at {self.address}.")
+            await self._channel.wait_for_state_change(state)
+
+    async def disconnect(self) -> None:
+        if self._channel is not None:
+            await self._channel.close()
 
     async def send(self, data: Any, context: RpcContext) -> Raw | None:
         method, start = self._method(context.pattern)
@@ -478,10 +464,10 @@ class GrpcClient(ClientProxy):
                     return
                 yield _json(method, body)
 
-    async def publish(self, request: Request, route: str) -> None:
+    async def publish(self, request: Request, context: RpcContext) -> None:
         raise RpcException("gRPC has calls of its own.")
 
-    async def dispatch_event(self, event: Event, route: str) -> None:
+    async def dispatch_event(self, event: Event, context: RpcContext) -> None:
         message = "gRPC carries no events: emit them on the bus."
         raise RpcException({"statusCode": 501, "code": "no-events", "message": message})
 
@@ -492,18 +478,12 @@ class GrpcClient(ClientProxy):
             raise codec.not_json(error) from error
         if self.status is Status.CLOSED:
             raise Unavailable(f"The client of {self.service} is closed.", code="closed")
-        await self.dispatch_event(Event(context.raw_pattern, data), context.pattern)
-
-    async def close(self) -> None:
-        self.status = Status.CLOSED
-        self.fail_pending(Unavailable(f"The client of {self.service} is closed.", code="closed"))
-        if self._channel is not None:
-            await self._channel.close()
+        await self.dispatch_event(Event(context.raw_pattern, data), context)
 
     def unwrap(self) -> grpc.aio.Channel | None:
         return self._channel
 
-    def _open(self) -> grpc.aio.Channel:
+    def _new_channel(self) -> grpc.aio.Channel:
         options = self.options
         settings: list[tuple[str, int | str]] = [
             *options.channel(),
@@ -522,23 +502,12 @@ class GrpcClient(ClientProxy):
         key, certificate, authority = (options.pem(name) for name in ("keyfile", "certfile", "cafile"))
         return grpc.aio.secure_channel(where, grpc.ssl_channel_credentials(authority, key, certificate), settings)
 
-    async def _until_connected(self, channel: grpc.aio.Channel) -> None:
-        while self.status is not Status.CLOSED:
-            state = channel.get_state(try_to_connect=True)
-            if state is grpc.ChannelConnectivity.READY:
-                self.status = Status.CONNECTED
-                return
-            if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
-                raise Unavailable(f"{self.service} cannot be reached at {self.address}.")
-            await channel.wait_for_state_change(state)
-        raise Unavailable(f"The client of {self.service} is closed.", code="closed")
-
     def _method(self, route: str) -> tuple[Method, Any]:
         known = self._methods.get(route)
         if known is None:
             method = rpc(self._protos, self.options.rpcs, route, self.service)
             if self._channel is None:
-                self._channel = self._open()
+                self._channel = self._new_channel()
             kinds = {
                 (False, False): self._channel.unary_unary,
                 (False, True): self._channel.unary_stream,
@@ -587,8 +556,8 @@ class LocalGrpcClient(LocalClient):
         self._routes = {files.method(name).path: route for name, route in dispatcher.methods.items()}
         self._methods: dict[str, Method] = {}
 
-    async def publish(self, request: Request, route: str) -> None:
-        method = rpc(self._protos, {}, route, self.service)
+    async def publish(self, request: Request, context: RpcContext) -> None:
+        method = rpc(self._protos, {}, context.pattern, self.service)
         if method.path not in self._routes:
             raise NoHandler()
         data: Any = requests(

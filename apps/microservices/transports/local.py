@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from msgspec import UNSET, Raw
 
 from .. import codec
+from ..context import NO_HEADERS, RpcContext
 from ..dispatcher import Dispatcher
 from ..exceptions import RpcException, Unavailable
 from ..packets import Event, Packet, Reply, Request, Response
 from . import Address
 from .base import ClientProxy, Status
+from .envelope import encode
+
+Headers = Mapping[str, Any]
 
 
 class _Deliveries:
@@ -25,10 +30,10 @@ class _Deliveries:
         self._tasks: set[asyncio.Task[None]] = set()
         self._room = asyncio.Semaphore(self.limit)
 
-    async def start(self, dispatcher: Dispatcher, packet: Packet, transport: str) -> None:
+    async def start(self, dispatcher: Dispatcher, packet: Packet, transport: str, headers: Headers) -> None:
         """Hand an event to a dispatcher, as soon as there is room."""
         await self._room.acquire()
-        task = dispatcher.dispatch(packet, _nobody, transport=transport, peer="")
+        task = dispatcher.dispatch(packet, _nobody, transport=transport, peer="", headers=headers)
         if task is None:
             self._room.release()
         else:
@@ -65,15 +70,21 @@ class LocalClient(ClientProxy):
     async def connect(self) -> None:
         """Nothing to connect to."""
 
-    async def publish(self, request: Request, route: str) -> None:
-        packet = codec.decode_packet(_encode(request))
-        task = self._dispatcher.dispatch(packet, self._reply, transport=self.scheme, peer="")
+    def read_record(self, options: Mapping[str, Any]) -> Headers:
+        # Elsewhere this service may be reached over any transport: what that takes is taken here.
+        return _headers(options)
+
+    async def publish(self, request: Request, context: RpcContext) -> None:
+        packet = codec.decode_packet(encode(request))
+        headers = context.record or NO_HEADERS
+        task = self._dispatcher.dispatch(packet, self._reply, transport=self.scheme, peer="", headers=headers)
         if task is not None:
             self._requests[request.id] = task
             task.add_done_callback(lambda _: self._requests.pop(request.id, None))
 
-    async def dispatch_event(self, event: Event, route: str) -> None:
-        await self._events.start(self._dispatcher, codec.decode_packet(_encode(event)), self.scheme)
+    async def dispatch_event(self, event: Event, context: RpcContext) -> None:
+        headers = context.record or NO_HEADERS
+        await self._events.start(self._dispatcher, codec.decode_packet(encode(event)), self.scheme, headers)
 
     def abandon(self, id: str) -> None:
         task = self._requests.get(id)
@@ -119,14 +130,17 @@ class MemoryBus(ClientProxy):
     async def connect(self) -> None:
         """Nothing to connect to; `emit` waits for room instead."""
 
-    async def publish(self, request: Request, route: str) -> None:
+    def read_record(self, options: Mapping[str, Any]) -> Headers:
+        return _headers(options)
+
+    async def publish(self, request: Request, context: RpcContext) -> None:
         raise RpcException("An event bus answers no requests.")
 
-    async def dispatch_event(self, event: Event, route: str) -> None:
-        packet = codec.decode_packet(_encode(event))
+    async def dispatch_event(self, event: Event, context: RpcContext) -> None:
+        packet = codec.decode_packet(encode(event))
         for dispatcher in self._dispatchers:
-            if dispatcher.hears(route):
-                await self._events.start(dispatcher, packet, self.scheme)
+            if dispatcher.hears(context.pattern):
+                await self._events.start(dispatcher, packet, self.scheme, context.record or NO_HEADERS)
 
     async def close(self) -> None:
         self.status = Status.CLOSED
@@ -136,11 +150,9 @@ class MemoryBus(ClientProxy):
         return self._dispatchers
 
 
-def _encode(packet: Request | Event) -> bytes:
-    try:
-        return codec.encode(packet)
-    except codec.UNENCODABLE as error:
-        raise codec.not_json(error) from error
+def _headers(options: Mapping[str, Any]) -> Headers:
+    headers: Headers = options.get("headers") or NO_HEADERS
+    return headers
 
 
 def _nobody(response: Response) -> None:

@@ -3,122 +3,92 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import random
 from collections.abc import Awaitable
-from contextlib import suppress
-from contextvars import Context
 from functools import partial
 from typing import Any
 
 import msgspec
-from msgspec import UNSET, Raw
+from msgspec import UNSET
 
 from .. import codec
+from ..context import RpcContext
 from ..dispatcher import Dispatcher
 from ..exceptions import PacketError, RpcException, Unavailable
 from ..instruments import dropped
-from ..packets import Event, Packet, Request, Response
-from . import Address, Count, Seconds, read_options
-from .base import Server, Status
-from .resp import RedisProxy, RespConnection, open_connection
+from ..packets import Event, Request, Response
+from . import Address
+from .base import BrokerServer
+from .envelope import encode, read_packet
+from .resp import RedisOptions, RedisProxy, RespConnection, open_connection
 
-logger = logging.getLogger("microservices.redis")
-
-REPLY = ".reply"
-
-
-class Options(msgspec.Struct, frozen=True):
-    """What a URL may set; times in seconds."""
-
-    connect_timeout: Seconds = 5
-    max_in_flight: Count = 256
-    max_retry_delay: Seconds = 2
+_REPLY = b".reply"
 
 
-class RedisServer(Server):
+class Options(RedisOptions, frozen=True, kw_only=True):
+    """What a URL may set beside Sentinel and TLS."""
+
+    wildcards: bool = False
+    """Whether routes are patterns of channels, with `*`, `?` and `[...]`: PSUBSCRIBE."""
+    cluster: bool = False
+    """Whether it is a Redis Cluster: there PUBLISH does not tell whether anybody listens."""
+
+
+class RedisServer(BrokerServer):
     """Hears requests and events on the channels named as the service's routes."""
 
     scheme = "redis"
-    opens_port = False
+    Options = Options
 
     def __init__(self, address: Address, dispatcher: Dispatcher) -> None:
         super().__init__(address, dispatcher)
-        self.options: Options = read_options(Options, address)
         self._connection: RespConnection | None = None
-        self._keeping: asyncio.Task[None] | None = None
-        self._subscribed = asyncio.Event()
 
-    async def listen(self) -> None:
-        """Subscribe; where Redis is away, go on trying in the background."""
-        self._keeping = asyncio.get_running_loop().create_task(self._keep_subscribed(), context=Context())
-        with suppress(TimeoutError):  # told already, with the reason
+    async def subscribe(self) -> None:
+        connection = self._connection = await open_connection(self.address, self.options, self._on_push)
+        if routes := [route.encode() for route in self.routes]:
             async with asyncio.timeout(self.options.connect_timeout):
-                await self._subscribed.wait()
+                await connection.subscribe(*routes, patterns=self.options.wildcards)
 
-    async def close(self, grace: float) -> None:
-        loop = asyncio.get_running_loop()
-        end = loop.time() + grace
-        if self._keeping is not None:
-            self._keeping.cancel()
-            await asyncio.wait([self._keeping])
+    async def until_lost(self) -> str:
+        if self._connection is not None:
+            await asyncio.wait([self._connection.ended])
+        return "the connection was lost"
+
+    async def unsubscribe(self) -> None:
         if self._connection is not None:
             # What Redis has already sent is still taken.
-            await asyncio.wait([self._connection.unsubscribe()], timeout=grace)
-        await self.finish(end - loop.time())
+            await asyncio.wait([self._connection.unsubscribe()])
+
+    async def disconnect(self) -> None:
         if self._connection is not None:
             await self._connection.close()
-        self.status = Status.CLOSED
 
     def unwrap(self) -> RespConnection | None:
         return self._connection
 
-    async def _keep_subscribed(self) -> None:
-        delay, told = 0.05, ""
-        while True:
-            self.status = Status.CONNECTING
-            try:
-                connection = await self._subscribe()
-                self.status = Status.CONNECTED
-                self._subscribed.set()
-                delay, reason = 0.05, "the connection was lost"
-                await asyncio.wait([connection.ended])
-            except (RpcException, TimeoutError) as error:
-                reason = str(error) or "Redis did not answer in time"
-            self.status = Status.DISCONNECTED
-            if reason != told:  # once, not with every attempt
-                logger.warning("%s does not hear %s: %s", self.dispatcher.service, self.address, reason)
-                told = reason
-            await asyncio.sleep(delay * random.uniform(0.5, 1))  # noqa: S311 - only to spread reconnects
-            delay = min(delay * 2, self.options.max_retry_delay)
-
-    async def _subscribe(self) -> RespConnection:
-        timeout = self.options.connect_timeout
-        connection = self._connection = await open_connection(self.address, self._on_push, timeout=timeout)
-        if routes := [route.encode() for route in self.dispatcher.routes]:
-            try:
-                async with asyncio.timeout(timeout):
-                    await connection.subscribe(*routes)
-            except BaseException:
-                connection.transport.abort()
-                raise
-        return connection
-
     def _on_push(self, push: list[Any]) -> None:
-        if push[0] == b"message" and self._connection is not None:
-            self._take(push[1].decode("utf-8", "replace"), push[2], self._connection)
+        if self._connection is None:
+            return
+        if push[0] == b"message":
+            channel = push[1].decode("utf-8", "replace")
+            self._take(self._connection, channel, channel, push[2])
+        elif push[0] == b"pmessage" and not push[2].endswith(_REPLY):  # our own answers, to a pattern as `users.*`
+            pattern, channel = (name.decode("utf-8", "replace") for name in push[1:3])
+            self._take(self._connection, pattern, channel, push[3])
 
-    def _take(self, channel: str, body: bytes, connection: RespConnection) -> None:
+    def _take(self, connection: RespConnection, pattern: str, channel: str, body: bytes) -> None:
         answer = _Answer(connection, channel)
-        task = self.handle(read_packet(body), answer, peer=str(self.address), channel=channel)
+        route = self.dispatcher.routes.get(pattern)
+        packet = read_packet(body)
+        task = self.handle(packet, answer, peer=str(self.address), channel=channel, route=route, native=connection)
         if task is not None:
             answer.task = task
             task.add_done_callback(partial(self._done, connection))
-            if len(self._tasks) >= self.options.max_in_flight:
+            if self.full:
                 connection.hold()
 
     def _done(self, connection: RespConnection, _: asyncio.Task[Any]) -> None:
-        if len(self._tasks) < self.options.max_in_flight:
+        if not self.full:
             connection.release()
 
 
@@ -129,7 +99,7 @@ class _Answer:
 
     def __init__(self, connection: RespConnection, channel: str) -> None:
         self._connection = connection
-        self._channel = f"{channel}{REPLY}".encode()
+        self._channel = channel.encode() + _REPLY
         self.task: asyncio.Task[Any] | None = None
 
     def __call__(self, response: Response) -> Awaitable[None] | None:
@@ -147,47 +117,33 @@ class _Answer:
             self.task.cancel()
 
 
-def read_packet(body: bytes) -> Packet:
-    """Return NestJS's packet, or an event with the whole message as its data (nest-wire.md section 6.1)."""
-    try:
-        packet = codec.decode_packet(body)
-    except PacketError:
-        return Packet(data=Raw(body))  # a list or a number of somebody else's
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return Packet(data=Raw(codec.encode(body.decode("utf-8", "replace"))))
-    if packet.pattern is UNSET and packet.data is UNSET:
-        return Packet(data=Raw(body))
-    return packet
-
-
 class RedisClient(RedisProxy):
     """Publishes requests and events; one subscription a pattern carries all its answers."""
 
     scheme = "redis"
+    Options = Options
     # Every client of a pattern sees every answer: an id must not be guessed.
     id_bytes = 16
 
     def __init__(self, address: Address, service: str) -> None:
         super().__init__(address, service)
-        self.options: Options = read_options(Options, address)
-        self.connect_timeout = self.options.connect_timeout
         self._channels: dict[str, asyncio.Future[None]] = {}
 
-    async def publish(self, request: Request, route: str) -> None:
-        connection = self.live()
+    async def publish(self, request: Request, context: RpcContext) -> None:
+        connection, route = self.live(), context.pattern
         body = encode(request)
         sent = partial(self._sent, request.id, route)
         subscribed = self._channels.get(route)
         if subscribed is None:
-            subscribed = self._channels[route] = connection.subscribe(f"{route}{REPLY}".encode())
+            subscribed = self._channels[route] = connection.subscribe(route.encode() + _REPLY)
         if not subscribed.done():
             # Nobody waits for it: Redis takes the commands of a connection in their order.
             subscribed.add_done_callback(sent)
         connection.command(b"PUBLISH", route.encode(), body).add_done_callback(sent)
 
-    async def dispatch_event(self, event: Event, route: str) -> None:
-        heard = await self.live().command(b"PUBLISH", route.encode(), encode(event))
-        if not heard:
+    async def dispatch_event(self, event: Event, context: RpcContext) -> None:
+        heard = await self.live().command(b"PUBLISH", context.pattern.encode(), encode(event))
+        if not heard and not self.options.cluster:
             dropped.add(self.service, self.scheme, "nobody-listens")
 
     def on_push(self, push: list[Any]) -> None:
@@ -207,14 +163,6 @@ class RedisClient(RedisProxy):
             if self._channels.get(route) is reply:
                 del self._channels[route]
             self.fail(id, error)
-        elif reply.result() == 0:
+        elif reply.result() == 0 and not self.options.cluster:
             # NestJS ignores this number, and its callers wait for ever.
             self.fail(id, Unavailable(f"Nobody listens for {self.service} on {self.address}."))
-
-
-def encode(packet: Request | Event) -> bytes:
-    """Return a packet's JSON. Raises RpcException where its data has none."""
-    try:
-        return codec.encode(packet)
-    except codec.UNENCODABLE as error:
-        raise codec.not_json(error) from error

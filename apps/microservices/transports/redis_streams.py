@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import random
 import socket
 from collections.abc import AsyncIterator
 from contextlib import suppress
@@ -22,14 +21,16 @@ import msgspec
 from msgspec import UNSET
 
 from .. import codec
+from ..context import RpcContext
 from ..dispatcher import Dispatcher
 from ..exceptions import ConnectionLost, InvalidPayload, PacketError, RpcException, Unavailable
 from ..handlers import Delivery
 from ..instruments import dropped
 from ..packets import Event, Packet, Request, Response
-from . import Address, Count, Seconds, read_options
-from .base import Server, Status
-from .resp import RedisError, RedisProxy, RespConnection, ignore, open_connection
+from . import Address, Count, Seconds
+from .base import BrokerServer
+from .envelope import encode
+from .resp import RedisError, RedisOptions, RedisProxy, RespConnection, ignore, open_connection
 
 logger = logging.getLogger("microservices.redis_streams")
 
@@ -45,10 +46,9 @@ Key = tuple[bytes, bytes]
 """A stream, and the id of one of its entries."""
 
 
-class Options(msgspec.Struct, frozen=True):
-    """What a URL may set; times in seconds."""
+class Options(RedisOptions, frozen=True, kw_only=True):
+    """What a URL may set beside Sentinel and TLS; times in seconds."""
 
-    connect_timeout: Seconds = 5
     max_length: Count = 100_000
     """Entries that a stream keeps, about; older ones go, heard or not."""
     prefetch: Count = 50
@@ -58,40 +58,31 @@ class Options(msgspec.Struct, frozen=True):
     """The pause before the second attempt; each further one is five times longer."""
     take_over_after: Seconds = 15
     """How long another process may be silent about an entry before it is taken over."""
-    max_retry_delay: Seconds = 2
 
 
 class StreamsBus(RedisProxy):
     """Appends events; `emit` returns when Redis has them."""
 
     scheme = "redis-streams"
+    Options = Options
 
-    def __init__(self, address: Address, service: str) -> None:
-        super().__init__(address, service)
-        self.options: Options = read_options(Options, address)
-        self.connect_timeout = self.options.connect_timeout
-
-    async def publish(self, request: Request, route: str) -> None:
+    async def publish(self, request: Request, context: RpcContext) -> None:
         raise RpcException("An event bus answers no requests.")
 
-    async def dispatch_event(self, event: Event, route: str) -> None:
-        try:
-            body = codec.encode(event)
-        except codec.UNENCODABLE as error:
-            raise codec.not_json(error) from error
+    async def dispatch_event(self, event: Event, context: RpcContext) -> None:
+        body = encode(event)
         bound = (b"MAXLEN", b"~", b"%d" % self.options.max_length)
-        await self.live().command(b"XADD", f"{STREAM}{route}".encode(), *bound, b"*", b"packet", body)
+        await self.live().command(b"XADD", f"{STREAM}{context.pattern}".encode(), *bound, b"*", b"packet", body)
 
 
-class StreamsListener(Server):
+class StreamsListener(BrokerServer):
     """Takes the events that a service hears, a bounded number at a time."""
 
     scheme = "redis-streams"
-    opens_port = False
+    Options = Options
 
     def __init__(self, address: Address, dispatcher: Dispatcher) -> None:
         super().__init__(address, dispatcher)
-        self.options: Options = read_options(Options, address)
         self._group = dispatcher.service.encode()
         # Never used again: what a process has left must not look like the work of its successor.
         self._consumer = f"{socket.gethostname()}-{os.getpid()}-{os.urandom(4).hex()}".encode()
@@ -102,75 +93,37 @@ class StreamsListener(Server):
         self._slots = asyncio.Semaphore(self.options.prefetch)
         self._room = asyncio.Event()
         self._room.set()
-        self._keeping: asyncio.Task[None] | None = None
-        self._joined = asyncio.Event()
         self._reader: RespConnection | None = None
         self._writer: RespConnection | None = None
         self._follower: RespConnection | None = None
 
     async def listen(self) -> None:
-        """Join the groups; where Redis is away, go on trying in the background."""
-        if not self._streams and not self._last:
-            return
-        self._keeping = asyncio.get_running_loop().create_task(self._keep_reading(), context=Context())
-        with suppress(TimeoutError):  # told already, with the reason
-            async with asyncio.timeout(self.options.connect_timeout):
-                await self._joined.wait()
+        if self._streams or self._last:
+            await super().listen()
 
-    async def close(self, grace: float) -> None:
-        if self._keeping is not None:
-            self._keeping.cancel()
-            await asyncio.wait([self._keeping])
+    async def unsubscribe(self) -> None:
         for connection in (self._reader, self._follower):
             if connection is not None:
                 await connection.close()
-        if self._running:
-            await asyncio.wait(self._running.values(), timeout=grace)
-        late = list(self._running.values())
-        for task in late:
-            task.cancel()
-        if late:
-            await asyncio.wait(late, timeout=1)
-        if self._writer is not None:
-            with suppress(RpcException):
-                await self._leave()
-            await self._writer.close()
-        self.status = Status.CLOSED
+
+    async def finish(self, grace: float) -> int:
+        late = await super().finish(grace)
+        with suppress(RpcException):
+            await self._leave()
+        return late
+
+    async def disconnect(self) -> None:
+        for connection in (self._reader, self._writer, self._follower):
+            if connection is not None:
+                await connection.close()
 
     def unwrap(self) -> RespConnection | None:
         return self._writer
 
     # Reading
 
-    async def _keep_reading(self) -> None:
-        delay, told = 0.05, ""
-        while True:
-            self.status = Status.CONNECTING
-            reason = ""
-            try:
-                await self._join()
-                self.status = Status.CONNECTED
-                self._joined.set()
-                delay = 0.05
-                await self._until_lost()
-            except RpcException as error:
-                reason = str(error)
-            except Exception:
-                # It goes on: a listener that has ended would be a dead part of a healthy process.
-                logger.exception("%s stumbled over an event", self.dispatcher.service)
-            self._joined.clear()
-            self.status = Status.DISCONNECTED
-            if reason and reason != told:  # once, not with every attempt
-                logger.warning("%s does not hear %s: %s", self.dispatcher.service, self.address, reason)
-                told = reason
-            for connection in (self._reader, self._writer, self._follower):
-                if connection is not None:
-                    await connection.close()
-            await asyncio.sleep(delay * random.uniform(0.5, 1))  # noqa: S311 - only to spread reconnects
-            delay = min(delay * 2, self.options.max_retry_delay)
-
-    async def _join(self) -> None:
-        connect = partial(open_connection, self.address, ignore, timeout=self.options.connect_timeout)
+    async def subscribe(self) -> None:
+        connect = partial(open_connection, self.address, self.options, ignore)
         # One connection blocks while it waits for entries; the other acknowledges meanwhile.
         self._reader, self._writer = await connect(), await connect()
         if self._last:
@@ -193,7 +146,7 @@ class StreamsListener(Server):
             if not consumer[b"pending"] and consumer[b"idle"] > _FORGET_AFTER:
                 await self._command(b"XGROUP", b"DELCONSUMER", stream, self._group, consumer[b"name"])
 
-    async def _until_lost(self) -> None:
+    async def until_lost(self) -> str:
         # No TaskGroup: cancelled while one of its tasks fails, it goes on.
         work = [self._read(), self._look_after()] if self._streams else []
         work += [self._follow()] if self._last else []
@@ -206,6 +159,7 @@ class StreamsListener(Server):
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+        return ""
 
     async def _read(self) -> None:
         command = (b"XREADGROUP", b"GROUP", self._group, self._consumer, b"BLOCK", b"%d" % int(_BLOCK * 1000))
@@ -250,6 +204,7 @@ class StreamsListener(Server):
             return
         task = asyncio.get_running_loop().create_task(self._work(key, fields, attempt), context=Context())
         self._running[key] = task
+        self.keep(task)
         task.add_done_callback(partial(self._worked, key))
         if len(self._running) >= self.options.prefetch:
             self._room.clear()
@@ -351,7 +306,7 @@ class StreamsListener(Server):
     async def _certainly(self, *parts: bytes) -> Any:
         # The work is done: a connection that is lost now is no reason to do it twice.
         while True:
-            await self._joined.wait()
+            await self.connected.wait()
             try:
                 return await self._command(*parts)
             except Unavailable as error:

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import ssl
 from collections import deque
 from collections.abc import Callable
-from contextvars import Context
 from typing import Any, cast
 
 import hiredis
 
 from ..exceptions import ConnectionLost, RpcException, Unavailable
 from . import Address
-from .base import ClientProxy, Status
+from .base import ClientProxy
+from .tls import TlsOptions
 
 Push = Callable[[list[Any]], None]
 
 _NOTHING = object()
 _MAX_UNSENT = 1024 * 1024
-_PUSHED_REPLIES = (b"subscribe", b"unsubscribe")
+_PUSHED_REPLIES = (b"subscribe", b"unsubscribe", b"psubscribe", b"punsubscribe")
 # A peer that has vanished without a word counts as lost after this many seconds.
 _SILENCE = 15
 
@@ -56,7 +55,7 @@ class RespConnection(asyncio.Protocol):
         self._flushing = False
         self._held = False
         self._writable: asyncio.Future[None] | None = None
-        self._channels = 0
+        self._channels = [0, 0]  # and patterns of them
         self.ended: asyncio.Future[None] = self._loop.create_future()
         """Done when the connection is lost or closed."""
 
@@ -138,14 +137,16 @@ class RespConnection(asyncio.Protocol):
             self._send(parts, _Reply(future, pushes))
         return future
 
-    def subscribe(self, *channels: bytes) -> asyncio.Future[Any]:
-        """Have the messages of some channels pushed; the future is done when all of them are."""
-        self._channels += len(channels)
-        return self.command(b"SUBSCRIBE", *channels, pushes=len(channels))
+    def subscribe(self, *channels: bytes, patterns: bool = False) -> asyncio.Future[Any]:
+        """Have the messages of some channels pushed, or of `patterns` of them; done when all of them are."""
+        self._channels[patterns] += len(channels)
+        return self.command(b"PSUBSCRIBE" if patterns else b"SUBSCRIBE", *channels, pushes=len(channels))
 
     def unsubscribe(self) -> asyncio.Future[Any]:
         """Have no more messages pushed; the future is done when the last one has been."""
-        channels, self._channels = self._channels, 0
+        (channels, patterns), self._channels = self._channels, [0, 0]
+        if patterns:
+            self.command(b"PUNSUBSCRIBE", pushes=patterns)
         return self.command(b"UNSUBSCRIBE", pushes=max(channels, 1))
 
     def _send(self, parts: tuple[bytes, ...], reply: _Reply) -> None:
@@ -186,14 +187,34 @@ class RespConnection(asyncio.Protocol):
             reply.exception()  # seen, even where nobody waits for it any more
 
 
-async def open_connection(address: Address, on_push: Push, *, timeout: float) -> RespConnection:
-    """Connect, authenticate and select. Raises Unavailable, naming Redis and the reason."""
-    context = ssl.create_default_context() if address.scheme.startswith("rediss") else None
+async def open_connection(address: Address, options: RedisOptions, on_push: Push) -> RespConnection:
+    """Connect, authenticate and select. Raises Unavailable, naming Redis and the reason.
+
+    Of several hosts the first that answers is taken; if they are Sentinels, the master that they name.
+    """
+    failure = Unavailable(f"Redis cannot be reached at {address}.")
+    for host, port in address.hosts:
+        place = address._replace(host=host, port=port, others=())
+        try:
+            if options.sentinel:
+                place = await _master(place, options)
+            return await _open(place, options, on_push)
+        except Unavailable as error:
+            failure = error
+    raise failure
+
+
+async def _open(address: Address, options: RedisOptions, on_push: Push) -> RespConnection:
+    context = options.client_context() if address.scheme.startswith("rediss") else None
     connection: RespConnection | None = None
     try:
-        async with asyncio.timeout(timeout):
+        async with asyncio.timeout(options.connect_timeout):
             _, connection = await asyncio.get_running_loop().create_connection(
-                lambda: RespConnection(on_push), address.host or "localhost", address.port or 6379, ssl=context
+                lambda: RespConnection(on_push),
+                address.host,
+                address.port,
+                ssl=context,
+                server_hostname=(options.server_name or address.host) if context else None,
             )
             auth = (b"AUTH", (address.username or "default").encode(), address.password.encode())
             await connection.command(b"HELLO", b"3", *(auth if address.password else ()))
@@ -203,12 +224,27 @@ async def open_connection(address: Address, on_push: Push, *, timeout: float) ->
         if connection is not None:
             connection.transport.abort()
         if isinstance(error, TimeoutError):
-            raise Unavailable(f"Redis at {address} did not answer within {timeout:g} s.") from None
+            raise Unavailable(f"Redis at {address} did not answer within {options.connect_timeout:g} s.") from None
         if isinstance(error, OSError | RpcException):
             reason = getattr(error, "strerror", None) or error
             raise Unavailable(f"Redis cannot be reached at {address}: {reason}.") from error
         raise
     return connection
+
+
+async def _master(sentinel: Address, options: RedisOptions) -> Address:
+    # Sentinels have passwords of their own, if any, and no databases.
+    connection = await _open(sentinel._replace(path="", username="", password=""), options, ignore)
+    try:
+        async with asyncio.timeout(options.connect_timeout):
+            found = await connection.command(b"SENTINEL", b"GET-MASTER-ADDR-BY-NAME", options.sentinel.encode())
+    except (TimeoutError, RpcException) as error:
+        raise Unavailable(f"The Sentinel at {sentinel} did not tell where {options.sentinel} is: {error}") from error
+    finally:
+        await connection.close()
+    if not found:
+        raise Unavailable(f"The Sentinel at {sentinel} knows no {options.sentinel}.")
+    return sentinel._replace(host=found[0].decode(), port=int(found[1]))
 
 
 def ignore(push: list[Any]) -> None:
@@ -223,39 +259,35 @@ def _notice_silence(native: socket.socket) -> None:
             native.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
+class RedisOptions(TlsOptions, frozen=True, kw_only=True):
+    """What the URL of a Redis may set beside TLS."""
+
+    sentinel: str = ""
+    """The name of the master, where the URL names Sentinels."""
+
+
 class RedisProxy(ClientProxy):
     """A client with one connection to Redis, opened when first used and again after a loss."""
-
-    connect_timeout: float
 
     def __init__(self, address: Address, service: str) -> None:
         super().__init__(address, service)
         self._connection: RespConnection | None = None
-        self._opening: asyncio.Task[None] | None = None
-        self._failure = ""
 
     def ready(self) -> bool:
         return self._connection is not None and self._connection.congestion() is None
 
     async def connect(self) -> None:
-        if self._connection is None:
-            if self._opening is None:
-                # Shared by all who wait, so it belongs to none of them: neither context nor cancellation.
-                self._opening = asyncio.get_running_loop().create_task(self._open(), context=Context())
-            await asyncio.wait([self._opening])
-            if self.status is Status.CLOSED:
-                raise Unavailable(f"The client of {self.service} is closed.", code="closed")
-            if self._connection is None:
-                raise Unavailable(self._failure)
-        congestion = self._connection.congestion()
+        await super().connect()
+        congestion = self.live().congestion()
         if congestion is not None:
             await asyncio.shield(congestion)
 
-    async def close(self) -> None:
-        self.status = Status.CLOSED
-        self.fail_pending(Unavailable(f"The client of {self.service} is closed.", code="closed"))
-        if self._opening is not None:
-            self._opening.cancel()
+    async def open(self) -> None:
+        connection = await open_connection(self.address, self.options, self.on_push)
+        self._connection = connection
+        connection.ended.add_done_callback(self._lost)
+
+    async def disconnect(self) -> None:
         if self._connection is not None:
             await self._connection.close()
 
@@ -274,23 +306,7 @@ class RedisProxy(ClientProxy):
             raise Unavailable("Redis closed the connection before the message was sent.")
         return self._connection
 
-    async def _open(self) -> None:
-        self.status = Status.CONNECTING
-        try:
-            connection = await open_connection(self.address, self.on_push, timeout=self.connect_timeout)
-            self._connection = connection
-            self.status = Status.CONNECTED
-            connection.ended.add_done_callback(self._lost)
-        except Unavailable as error:
-            self._failure = error.message
-        finally:
-            if self.status is Status.CONNECTING:
-                self.status = Status.DISCONNECTED
-            self._opening = None
-
     def _lost(self, _: asyncio.Future[None]) -> None:
         self._connection = None
-        if self.status is not Status.CLOSED:
-            self.status = Status.DISCONNECTED
         self.on_lost()
-        self.fail_pending(ConnectionLost("The connection to Redis was lost."))
+        self.lost("The connection to Redis was lost.")

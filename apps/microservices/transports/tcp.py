@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import ssl
 import struct
 from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing, suppress
-from contextvars import Context
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import UNSET, Raw
@@ -21,32 +21,29 @@ from ..dispatcher import Dispatcher
 from ..exceptions import ConnectionLost, FrameError, PacketError, Unavailable
 from ..instruments import dropped
 from ..packets import Event, Request, Response
-from . import Address, Count, Seconds, read_options
+from . import Address, Count, Seconds
 from .base import ClientProxy, Server, Status
 from .frames import FramedConnection
+from .tls import TlsOptions
 
 logger = logging.getLogger("microservices.tcp")
 
 _LIMIT = 1024 * 1024
 
 
-class ServerOptions(msgspec.Struct, frozen=True):
-    """What a server's URL may set: sizes in UTF-16 units or bytes, times in seconds."""
+class Options(TlsOptions, frozen=True, kw_only=True):
+    """What a URL may set beside TLS: sizes in UTF-16 units or bytes, times in seconds."""
 
     max_buffer_size: Count = _LIMIT
     max_send_buffer_size: Count = _LIMIT
     incomplete_message_timeout: Seconds = 10
     idle_timeout: Seconds = 300
-    max_in_flight: Count = 256
     max_connections: Count = 1024
-
-
-class ClientOptions(msgspec.Struct, frozen=True):
-    """What a client's URL may set: sizes in UTF-16 units or bytes, times in seconds."""
-
-    max_buffer_size: Count = _LIMIT
-    max_send_buffer_size: Count = _LIMIT
-    connect_timeout: Seconds = 5
+    max_in_flight: Count = 256
+    """How many messages of one connection are worked on at a time."""
+    retry_attempts: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """How often a server tries again to listen where the port is taken, as NestJS's `retryAttempts`."""
+    retry_delay: Seconds = 1
 
 
 class _ServerConnection(FramedConnection):
@@ -118,7 +115,7 @@ class _ServerConnection(FramedConnection):
             return
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise FrameError(f"Could not parse JSON: {error}") from error
-        task = self._server.handle(packet, self.reply, peer=self.peer)
+        task = self._server.handle(packet, self.reply, peer=self.peer, native=self.transport)
         if task is not None:
             self._running.add(task)
             if packet.id is not UNSET:
@@ -175,21 +172,27 @@ class TcpServer(Server):
     """Listens for NestJS clients and our own."""
 
     scheme = "tcp"
+    Options = Options
 
     def __init__(self, address: Address, dispatcher: Dispatcher) -> None:
         super().__init__(address, dispatcher)
-        self.options: ServerOptions = read_options(ServerOptions, address)
         self.closing = False
         self._server: asyncio.Server | None = None
         self._connections: set[_ServerConnection] = set()
         self._empty = asyncio.Event()
 
     async def listen(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(
-            partial(_ServerConnection, self), self.address.host, self.address.port, backlog=1024
-        )
-        self.status = Status.CONNECTED
+        context = self.options.server_context() if self.address.scheme == "tcps" else None
+        self.status = Status.CONNECTING
+        for attempts_left in reversed(range(self.options.retry_attempts + 1)):
+            try:
+                await self._bind(context)
+                return
+            except OSError:
+                if not attempts_left:
+                    self.status = Status.DISCONNECTED
+                    raise
+                await asyncio.sleep(self.options.retry_delay)
 
     async def close(self, grace: float) -> None:
         self.closing = True
@@ -213,6 +216,17 @@ class TcpServer(Server):
 
     def unwrap(self) -> asyncio.Server | None:
         return self._server
+
+    async def _bind(self, context: ssl.SSLContext | None) -> None:
+        self._server = await asyncio.get_running_loop().create_server(
+            partial(_ServerConnection, self),
+            self.address.host,
+            self.address.port,
+            backlog=1024,
+            ssl=context,
+            ssl_handshake_timeout=self.options.incomplete_message_timeout if context else None,
+        )
+        self.status = Status.CONNECTED
 
     @property
     def port(self) -> int:
@@ -244,7 +258,7 @@ class _ClientConnection(FramedConnection):
 
     def connection_lost(self, error: Exception | None) -> None:
         super().connection_lost(error)
-        self._client.lost(self, self._why or error)
+        self._client.ended(self, self._why or error)
 
     def take(self, body: bytes) -> None:
         try:
@@ -272,37 +286,43 @@ class TcpClient(ClientProxy):
     """Calls a NestJS service or one of ours; connects when first used and again after a loss."""
 
     scheme = "tcp"
+    Options = Options
 
     def __init__(self, address: Address, service: str) -> None:
         super().__init__(address, service)
-        self.options: ClientOptions = read_options(ClientOptions, address)
         self._connection: _ClientConnection | None = None
-        self._opening: asyncio.Task[None] | None = None
         self._streams: set[_StreamClient] = set()
 
     def ready(self) -> bool:
         return self._connection is not None and self._connection.congestion() is None
 
     async def connect(self) -> None:
-        if self._connection is None:
-            if self._opening is None:
-                # Shared by all who wait, so it belongs to none of them: neither context nor cancellation.
-                self._opening = asyncio.get_running_loop().create_task(self._open(), context=Context())
-            await asyncio.wait([self._opening])
-            if self.status is Status.CLOSED:
-                raise Unavailable(f"The client of {self.service} is closed.", code="closed")
-            if self._connection is None:
-                raise Unavailable(f"{self.service} cannot be reached at {self.address}: {self._failure}.")
-        congestion = self._connection.congestion()
+        await super().connect()
+        congestion = self._connection.congestion() if self._connection is not None else None
         if congestion is not None:
             await asyncio.shield(congestion)
 
-    async def publish(self, request: Request, route: str) -> None:
+    async def open(self) -> None:
+        context = self.options.client_context() if self.address.scheme == "tcps" else None
+        _, self._connection = await asyncio.get_running_loop().create_connection(
+            partial(_ClientConnection, self),
+            self.address.host,
+            self.address.port,
+            ssl=context,
+            server_hostname=(self.options.server_name or self.address.host) if context else None,
+        )
+
+    async def disconnect(self) -> None:
+        if self._connection is not None:
+            self._connection.flush()
+            self._connection.transport.close()
+
+    async def publish(self, request: Request, context: RpcContext) -> None:
         self._hand_over(request)
 
-    async def dispatch_event(self, event: Event, route: str) -> None:
+    async def dispatch_event(self, event: Event, context: RpcContext) -> None:
         # NestJS sends an event's pattern as its route.
-        connection = self._hand_over(Event(route, event.data, event.metadata))
+        connection = self._hand_over(Event(context.pattern, event.data, event.metadata))
         connection.flush()
         congestion = connection.congestion()
         if congestion is not None:
@@ -326,26 +346,18 @@ class TcpClient(ClientProxy):
             await private.close()
 
     async def close(self) -> None:
-        self.status = Status.CLOSED
-        if self._opening is not None:
-            self._opening.cancel()
-        if self._connection is not None:
-            self._connection.flush()
-            self._connection.transport.close()
-        self.fail_pending(Unavailable(f"The client of {self.service} is closed.", code="closed"))
+        await super().close()
         for private in list(self._streams):
             await private.close()
 
     def unwrap(self) -> asyncio.Transport | None:
         return self._connection.transport if self._connection is not None else None
 
-    def lost(self, connection: _ClientConnection, error: Exception | None) -> None:
-        """Fail all pending calls at once; the next call connects again."""
+    def ended(self, connection: _ClientConnection, error: Exception | None) -> None:
+        """Take note that a connection is gone."""
         if connection is self._connection:
             self._connection = None
-            if self.status is not Status.CLOSED:
-                self.status = Status.DISCONNECTED
-        self.fail_pending(ConnectionLost(f"Connection closed: {error}" if error else "Connection closed"))
+            self.lost(f"Connection closed: {error}" if error else "Connection closed")
 
     def _hand_over(self, packet: Request | Event) -> _ClientConnection:
         connection = self._connection
@@ -356,26 +368,6 @@ class TcpClient(ClientProxy):
         except codec.UNENCODABLE as error:
             raise codec.not_json(error) from error
         return connection
-
-    async def _open(self) -> None:
-        self.status = Status.CONNECTING
-        self._failure: Exception | str = ""
-        host, port = self.address.host, self.address.port
-        try:
-            async with asyncio.timeout(self.options.connect_timeout):
-                _, connection = await asyncio.get_running_loop().create_connection(
-                    partial(_ClientConnection, self), host, port
-                )
-            self._connection = connection
-            self.status = Status.CONNECTED
-        except TimeoutError:
-            self._failure = f"no connection within {self.options.connect_timeout:g} s"
-        except (OSError, UnicodeError) as error:  # no name, or one that cannot be a host's
-            self._failure = getattr(error, "strerror", None) or str(error)
-        finally:
-            if self.status is Status.CONNECTING:
-                self.status = Status.DISCONNECTED
-            self._opening = None
 
 
 class _StreamClient(TcpClient):

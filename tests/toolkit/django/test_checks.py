@@ -143,19 +143,22 @@ def test_settings_that_cannot_be_read_are_e004_and_stop_no_other_check(
         pytest.param(
             {"EVENTS_URL": "carrier-pigeon://roof"},
             "MICROSERVICES EVENTS_URL: Unknown transport 'carrier-pigeon' in 'carrier-pigeon://roof'. "
-            "Known: memory://, redis://, rediss://, redis-streams://, rediss-streams://, tcp://, grpc://, grpcs://.",
+            "Known: memory://, tcp://, tcps://, redis://, rediss://, redis-streams://, rediss-streams://, "
+            "nats://, mqtt://, mqtts://, amqp://, amqps://, kafka://, grpc://, grpcs://.",
             id="no scheme at all",
         ),
         pytest.param(
             {"EVENTS_URL": "tcp://127.0.0.1:3001"},
             "MICROSERVICES EVENTS_URL: tcp:// cannot carry events; "
-            "use memory://, redis://, rediss://, redis-streams://, rediss-streams://.",
+            "use memory://, redis://, rediss://, redis-streams://, rediss-streams://, "
+            "nats://, mqtt://, mqtts://, amqp://, amqps://, kafka://.",
             id="no bus",
         ),
         pytest.param(
             {"SERVERS": {"users": {"url": "memory://"}}},
             "MICROSERVICES SERVERS['users']: memory:// cannot serve a service; "
-            "use redis://, rediss://, tcp://, grpc://, grpcs://.",
+            "use tcp://, tcps://, redis://, rediss://, "
+            "nats://, mqtt://, mqtts://, amqp://, amqps://, kafka://, grpc://, grpcs://.",
             id="no server",
         ),
         pytest.param(

@@ -2,8 +2,9 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import msgspec
@@ -12,10 +13,18 @@ import pytest
 from microservices.client import Client
 from microservices.context import RpcContext
 from microservices.dispatcher import Dispatcher
-from microservices.exceptions import DeadlineExceeded, InvalidPayload, NoHandler, RpcException, Unavailable
+from microservices.exceptions import (
+    ConfigurationError,
+    DeadlineExceeded,
+    InvalidPayload,
+    NoHandler,
+    RpcException,
+    Unavailable,
+)
 from microservices.handlers import event_pattern, message_pattern
 from microservices.middleware import Middleware
-from microservices.transports.base import ClientProxy, Server
+from microservices.transports import Address, parse
+from microservices.transports.base import ClientProxy, Server, Status
 from tests.toolkit.conftest import Recorder, service
 
 # Seconds. No test needs more than a part of it; one that waits for ever ends here.
@@ -80,6 +89,23 @@ class Contract:
     """Whether there is a Server to close, apart from the client."""
     carries_metadata: ClassVar[bool] = True
     """Whether what travels beside the payload arrives."""
+    carries_headers: ClassVar[bool] = False
+    """Whether its messages have headers."""
+    names_with_spaces: ClassVar[bool] = True
+    """Whether a pattern may hold a space."""
+    wildcard: ClassVar[tuple[str, str] | None] = None
+    """A pattern that is a wildcard, and a name that it matches."""
+    bounded: ClassVar[bool] = True
+    """Whether its server works on `max_in_flight` messages at a time, and lets the others wait."""
+    patience: ClassVar[float] = PATIENCE
+
+    server_options: Mapping[str, Any] = MappingProxyType({})
+    """What a test tells its server."""
+
+    def serving(self, url: str) -> Address:
+        """Return the address of a server, with the options that a test has set."""
+        address = parse(url)
+        return address._replace(options={**address.options, **self.server_options})
 
     async def serve(self, dispatcher: Dispatcher) -> Server | None:
         """Return a server that listens, or None where a client needs none."""
@@ -102,7 +128,7 @@ class Contract:
         self.server = await self.serve(dispatcher)
         client = Client("shop", lambda: self.proxy(dispatcher, self.server), middlewares=client_side)
         try:
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(self.patience):
                 yield client
         finally:
             await client.close()
@@ -170,6 +196,8 @@ class EventContract(Contract):
         ],
     )
     async def test_an_event_of_any_pattern_finds_its_handler(self, registered: Any, emitted: Any, route: str) -> None:
+        if " " in route and not self.names_with_spaces:
+            pytest.skip("its names hold no spaces")
         heard: asyncio.Queue[Any] = asyncio.Queue()
 
         async with self.talk(hearing(registered, heard)) as client:
@@ -189,6 +217,40 @@ class EventContract(Contract):
             call = await heard.get()
 
         assert call == ("made", {"text": text}, {"trace-id": "é1"})
+
+    async def test_a_wildcard_hears_each_event_that_it_matches_by_its_own_name(self) -> None:
+        if self.wildcard is None:
+            pytest.skip("it has none")
+        pattern, name = self.wildcard
+        heard: asyncio.Queue[Any] = asyncio.Queue()
+
+        @event_pattern(pattern)
+        async def hear(data: Any, ctx: RpcContext) -> None:
+            heard.put_nowait((ctx.pattern, ctx.channel, data))
+
+        async with self.talk(hear) as client:
+            await client.emit(f"un{name}", 1)
+            await client.emit(name, 2)
+            call = await heard.get()
+
+        assert call == (pattern, name, 2)
+        assert heard.empty()
+
+    async def test_the_headers_of_one_event_arrive_with_it_alone(self) -> None:
+        if not self.carries_headers:
+            pytest.skip("it has none")
+        heard: asyncio.Queue[Any] = asyncio.Queue()
+
+        @event_pattern("made")
+        async def hear(data: Any, ctx: RpcContext) -> None:
+            heard.put_nowait((data, ctx.headers.get("x-version")))
+
+        async with self.talk(hear) as client:
+            await client.emit("made", 1, options={"headers": {"x-version": "1.0"}})
+            await client.emit("made", 2)
+            calls = [await heard.get(), await heard.get()]
+
+        assert sorted(calls) == [(1, "1.0"), (2, None)]
 
     async def test_an_event_without_a_json_form_fails_its_emitter_alone(self) -> None:
         heard: asyncio.Queue[Any] = asyncio.Queue()
@@ -241,7 +303,7 @@ class RequestContract(Contract):
         return pattern
 
     nobody: ClassVar[type[RpcException]] = NoHandler
-    """What a caller is told when nobody handles a pattern."""
+    """What a caller is told when nobody handles a pattern; DeadlineExceeded where nobody tells."""
     notices_who_leaves: ClassVar[bool] = True
     """Whether a server learns that nobody waits for the rest of a stream."""
     holds_back: ClassVar[bool] = True
@@ -479,10 +541,11 @@ class RequestContract(Contract):
 
     async def test_a_pattern_that_nobody_handles_is_told_at_once(self) -> None:
         async with self.talk(echo) as client:
+            in_time = 0.2 if self.nobody is DeadlineExceeded else self.patience
             with pytest.raises(self.nobody):
-                await client.send({"cmd": "unknown"})
+                await client.send({"cmd": "unknown"}, timeout=in_time)
             with pytest.raises(self.nobody):
-                await anext(client.stream("unknown"))
+                await anext(client.stream("unknown", timeout=in_time))
 
     async def test_a_payload_that_does_not_fit_names_the_field(self) -> None:
         ran = []
@@ -549,6 +612,46 @@ class RequestContract(Contract):
             seen = await heard.get()
 
         assert seen == answer
+
+    async def test_a_request_to_a_wildcard_is_answered(self) -> None:
+        if self.wildcard is None:
+            pytest.skip("it has none")
+        pattern, name = self.wildcard
+
+        @message_pattern(pattern)
+        async def ask(data: Any, ctx: RpcContext) -> Any:
+            return [ctx.pattern, ctx.channel, data]
+
+        async with self.talk(ask) as client:
+            answer = await client.send(name, 1)
+            again = await client.send(name, 2)
+
+        assert answer == [pattern, name, 1]
+        assert again == [pattern, name, 2]
+
+    # What is told beside a message
+
+    async def test_the_headers_of_one_request_arrive_with_it_alone(self) -> None:
+        if not self.carries_headers:
+            pytest.skip("it has none")
+
+        @message_pattern("tell")
+        async def tell(data: Any, ctx: RpcContext) -> Any:
+            return ctx.headers.get("x-version")
+
+        async with self.talk(tell) as client:
+            answers = [
+                await client.send("tell", options=options) for options in ({"headers": {"x-version": "1.0"}}, {})
+            ]
+
+        assert answers == ["1.0", None]
+
+    async def test_an_option_that_the_transport_has_not_is_refused(self) -> None:
+        if not self.has_server:
+            pytest.skip("a service of the same process is told what it would be told elsewhere")
+        async with self.talk(echo) as client:
+            with pytest.raises(ConfigurationError, match="headrs"):
+                await client.send("echo", options={"headrs": {}})
 
     # Deadlines and metadata
 
@@ -664,6 +767,37 @@ class RequestContract(Contract):
         assert [outside.calls[1][2].status_code, inside.calls[1][2].status_code] == [409, 409]
         assert [ctx.id for ctx, _, _ in outside.calls] == [ctx.id for ctx, _, _ in inside.calls]
 
+    async def test_a_server_works_on_a_bounded_number_of_messages(self) -> None:
+        if not self.bounded:
+            pytest.skip("it lets nobody wait")
+        self.server_options = {"max_in_flight": 8}
+        running: set[int] = set()
+        most = 0
+        go_on = asyncio.Semaphore(0)
+        eight_are_here = asyncio.Event()
+
+        @message_pattern("slow")
+        async def slow(data: int) -> int:
+            nonlocal most
+            running.add(data)
+            most = max(most, len(running))
+            if most == 8:
+                eight_are_here.set()
+            await go_on.acquire()
+            running.discard(data)
+            return data
+
+        async with self.talk(slow) as client:
+            calls = [asyncio.create_task(client.send("slow", number)) for number in range(40)]
+            await eight_are_here.wait()
+            await asyncio.sleep(0.1)  # time for a ninth, which must not come
+            for _ in calls:
+                go_on.release()
+            answers = await asyncio.gather(*calls)
+
+        assert answers == list(range(40))
+        assert most == 8
+
     # The end
 
     async def test_closing_the_client_fails_what_waits_at_once(self) -> None:
@@ -748,3 +882,85 @@ class TransportContract(EventContract, RequestContract):
             answer = await client.send(called)
 
         assert seen == answer
+
+
+class BrokerContract(Contract):
+    """What a transport does when its broker goes and comes back; `broker` is one of the test's own.
+
+    `serve` and `proxy` of a subclass wait for the broker half a second at most: `connect_timeout=0.5`.
+    """
+
+    broker: Any
+    patience = 30
+
+    async def test_both_sides_find_a_broker_that_has_come_back(self) -> None:
+        heard: asyncio.Queue[Any] = asyncio.Queue()
+        told = []
+
+        async with self.talk(echo, hearing("made", heard)) as client:
+            before = await client.send("echo", 1)
+            await client.emit("made", 1)
+            await heard.get()
+            statuses = [self.server.status, client.status]
+            await asyncio.to_thread(self.broker.stop)
+            await self._until(lambda: self.server.status is Status.RECONNECTING)
+            with pytest.raises((Unavailable, DeadlineExceeded)):
+                await client.send("echo", 2, timeout=1)
+            try:
+                await client.emit("made", 2, timeout=1)
+            except RpcException as error:
+                told.append(error)
+            await asyncio.to_thread(self.broker.start)
+            await self._until(lambda: self.server.status is Status.CONNECTED)
+            after = await self._insist(client, 3)
+            await client.emit("made", 3)
+            events = [(await heard.get())[1]]
+            while events[-1] != 3:
+                events.append((await heard.get())[1])
+            statuses += [self.server.status, client.status]
+
+        assert (before, after) == (1, 3)
+        assert statuses == [Status.CONNECTED] * 4
+        assert events == ([3] if told else [2, 3])
+        assert self.server.status is Status.CLOSED
+
+    async def test_what_waits_fails_when_the_broker_goes(self) -> None:
+        started: asyncio.Queue[str] = asyncio.Queue()
+
+        @message_pattern("never")
+        async def never() -> None:
+            started.put_nowait("never")
+            await asyncio.Event().wait()
+
+        async with self.talk(never) as client:
+            call = asyncio.create_task(client.send("never", timeout=60))
+            await started.get()
+            await asyncio.to_thread(self.broker.stop)
+            with pytest.raises(Unavailable):
+                await call
+            await asyncio.to_thread(self.broker.start)
+
+    async def test_a_service_may_be_there_before_its_broker(self) -> None:
+        await asyncio.to_thread(self.broker.stop)
+        async with self.talk(echo) as client:
+            status = self.server.status
+            with pytest.raises((Unavailable, DeadlineExceeded)):
+                await client.send("echo", 1, timeout=1)
+            await asyncio.to_thread(self.broker.start)
+            await self._until(lambda: self.server.status is Status.CONNECTED)
+            answer = await self._insist(client, 2)
+
+        assert status is Status.CONNECTING
+        assert answer == 2
+
+    async def _insist(self, client: Client, value: int) -> Any:
+        # A broker that has just come back may need a moment until it knows who listens.
+        while True:
+            try:
+                return await client.send("echo", value, timeout=5)
+            except (Unavailable, DeadlineExceeded):
+                await asyncio.sleep(0.05)
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        while not condition():  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(0.01)

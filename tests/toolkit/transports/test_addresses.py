@@ -4,9 +4,9 @@ import msgspec
 import pytest
 
 from microservices.exceptions import ConfigurationError
-from microservices.transports import Address, load, parse, read_options
+from microservices.transports import Address, load, parse, read_options, tcp
 from microservices.transports.local import MemoryBus
-from microservices.transports.tcp import ServerOptions, TcpClient, TcpServer
+from microservices.transports.tcp import TcpClient, TcpServer
 
 
 class Options(msgspec.Struct):
@@ -27,7 +27,7 @@ def test_a_url_is_split_into_its_parts() -> None:
     ("url", "complaint"),
     [
         ("tpc://127.0.0.1:3001", r"Did you mean tcp://\?"),
-        ("http2://127.0.0.1:3001", "Known: memory://, redis://, .*tcp://"),
+        ("http2://127.0.0.1:3001", "Known: memory://, tcp://, .*grpcs://"),
         ("127.0.0.1", "Unknown transport"),
         ("", "Unknown transport"),
         ("tcp://127.0.0.1", "must name a host and a port"),
@@ -68,7 +68,7 @@ def test_a_wrong_option_is_explained(query: str, complaint: str) -> None:
 
 
 def test_the_defaults_of_tcp_are_those_that_are_documented() -> None:
-    options = read_options(ServerOptions, parse("tcp://127.0.0.1:3001"))
+    options = read_options(tcp.Options, parse("tcp://127.0.0.1:3001"))
 
     assert (options.max_buffer_size, options.max_send_buffer_size) == (1024 * 1024, 1024 * 1024)
     assert (options.incomplete_message_timeout, options.idle_timeout) == (10, 300)
@@ -82,7 +82,7 @@ def test_a_scheme_names_a_class_for_each_part_that_it_plays() -> None:
 
 
 def test_a_part_that_a_scheme_cannot_play_is_explained() -> None:
-    with pytest.raises(ConfigurationError, match="memory:// cannot serve a service; use redis://, rediss://, tcp://"):
+    with pytest.raises(ConfigurationError, match="memory:// cannot serve a service; use tcp://, tcps://, redis://"):
         load(parse("memory://"), "server")
     with pytest.raises(ConfigurationError, match="tcp:// cannot carry events; use memory://"):
         load(parse("tcp://127.0.0.1:3001"), "bus")

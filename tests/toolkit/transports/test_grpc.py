@@ -73,6 +73,7 @@ def doors_opened(functions: Sequence[Callable[..., Any]], folder: Path) -> dict[
 
 class TestGrpc(RequestContract):
     nobody = RpcException  # 501: a pattern that is mapped to no RPC never leaves the caller
+    bounded = False  # it refuses those that are too many
     most_ahead = 8000  # the windows of HTTP/2 and the kernel's buffers hold some megabytes
 
     @pytest.fixture(autouse=True)

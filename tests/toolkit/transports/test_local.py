@@ -20,6 +20,7 @@ from tests.toolkit.transports.contract import PATIENCE, TransportContract, echo
 
 class TestLocal(TransportContract):
     has_server = False
+    bounded = False  # a caller of its own process is the bound
 
     async def serve(self, dispatcher: Dispatcher) -> None:
         return None

@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -16,10 +17,10 @@ from microservices.handlers import event_pattern, message_pattern
 from microservices.transports import parse
 from microservices.transports.base import ClientProxy, Status
 from microservices.transports.redis import RedisClient, RedisServer
+from tests.brokers import Valkey
 from tests.toolkit.conftest import service
-from tests.toolkit.transports.contract import PATIENCE, TransportContract, count, echo, hearing
+from tests.toolkit.transports.contract import PATIENCE, BrokerContract, TransportContract, count, echo, hearing
 from tests.toolkit.transports.wire import Wire, listener, until
-from tests.valkey import Valkey
 
 
 class TestRedis(TransportContract):
@@ -30,6 +31,26 @@ class TestRedis(TransportContract):
     @pytest.fixture(autouse=True)
     def use(self, redis: str) -> None:
         self.url = redis
+
+    async def serve(self, dispatcher: Dispatcher) -> RedisServer:
+        server = RedisServer(self.serving(self.url), dispatcher)
+        await server.listen()
+        return server
+
+    def proxy(self, dispatcher: Dispatcher, server: RedisServer) -> ClientProxy:
+        return RedisClient(parse(self.url), "shop")
+
+
+class TestRedisWildcards(TestRedis):
+    wildcard = ("users.*", "users.created")
+    server_options = MappingProxyType({"wildcards": True})
+
+
+class TestRedisRestarted(BrokerContract):
+    @pytest.fixture(autouse=True)
+    def use(self, own_redis: Valkey) -> None:
+        self.broker = own_redis
+        self.url = f"{own_redis.url}?connect_timeout=0.5"
 
     async def serve(self, dispatcher: Dispatcher) -> RedisServer:
         server = RedisServer(parse(self.url), dispatcher)
@@ -459,7 +480,7 @@ async def test_a_password_is_in_no_log_error_or_repr(own_redis: Valkey, caplog: 
     assert "s3cret" not in caplog.text + "".join(shown)
 
 
-@pytest.mark.parametrize("url", ["redis://u:s3cret@host:port", "radis://u:s3cret@host", "redis://u:s3cret@a,b"])
+@pytest.mark.parametrize("url", ["redis://u:s3cret@host:port", "radis://u:s3cret@host", "tcp://u:s3cret@a:1,b:2"])
 def test_a_password_is_in_no_complaint_about_a_url(url: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         parse(url)

@@ -20,10 +20,10 @@ from microservices.handlers import event_pattern
 from microservices.transports import parse
 from microservices.transports.base import ClientProxy, Status
 from microservices.transports.redis_streams import StreamsBus, StreamsListener
+from tests.brokers import Valkey
 from tests.toolkit.conftest import service
 from tests.toolkit.transports.contract import PATIENCE, EventContract, echo, hearing
 from tests.toolkit.transports.wire import Wire, listener, until
-from tests.valkey import Valkey
 
 QUICK = "?retry_after=0.03&take_over_after=0.15"
 ROOT = Path(__file__).parents[3]

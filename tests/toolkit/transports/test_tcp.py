@@ -24,7 +24,7 @@ class TestTcp(TransportContract):
     most_ahead = 8000  # the kernel's own buffers hold some megabytes
 
     async def serve(self, dispatcher: Dispatcher) -> TcpServer:
-        server = TcpServer(Address("tcp", "127.0.0.1", 0, {}), dispatcher)
+        server = TcpServer(Address("tcp", "127.0.0.1", 0, {**self.server_options}), dispatcher)
         await server.listen()
         return server
 

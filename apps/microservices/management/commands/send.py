@@ -101,7 +101,7 @@ async def reach(service: str, timeout: float) -> ClientProxy:
         known = ", ".join(settings.clients) or "none"
         raise ConfigurationError(f"There is no service {service!r}; known: {known}, or give a URL.")
     place = settings.clients[service]
-    address = conf.address(place.url, rpcs=place.rpcs)
+    address = conf.address(place.url, place.options, rpcs=place.rpcs)
     remote: ClientProxy = transports.load(address, "client")(address, service)
     if service not in settings.servers:
         return remote
