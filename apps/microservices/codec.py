@@ -17,6 +17,21 @@ Decoder = Callable[[bytes | Raw], Any]
 P = TypeVar("P", Packet, Reply)
 
 
+class Codec:
+    """What a packet's JSON becomes on the wire, and back: NestJS's `serializer` and `deserializer`.
+
+    A transport's option `codec` names a subclass by its dotted path.
+    """
+
+    def encode(self, body: bytes) -> bytes:
+        """Return what travels in place of the JSON `body`; over TCP it must be UTF-8."""
+        return body
+
+    def decode(self, body: bytes) -> bytes:
+        """Return the JSON that `body` stands for. What it raises makes `body` a foreign message."""
+        return body
+
+
 class PayloadKind(ABC):
     """How payloads of a kind that msgspec does not know become JSON, and JSON becomes them."""
 

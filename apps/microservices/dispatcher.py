@@ -83,6 +83,18 @@ class Dispatcher:
         """Return whether some handler listens to this event, or one that wants it delivered so."""
         return route in self._routes and bool(self._routes[route].listeners(delivery))
 
+    def find(self, pattern: Raw | UnsetType) -> Route | None:
+        """Return the route that a packet's pattern leads to, if any."""
+        if isinstance(pattern, UnsetType):
+            return None
+        spelling = bytes(pattern)
+        route = self._spellings.get(spelling)
+        if route is None:
+            route = self._read(spelling)
+            if route is not None and len(spelling) <= MAX_SPELLING and len(self._spellings) < MAX_SPELLINGS:
+                self._spellings[spelling] = route
+        return route
+
     def dispatch(
         self,
         packet: Packet,
@@ -107,7 +119,7 @@ class Dispatcher:
         the task: it keeps it, and cancels it when the peer is gone.
         """
         if route is None:
-            route = self._find(packet.pattern) if channel is None else self._routes.get(channel)
+            route = self.find(packet.pattern) if channel is None else self._routes.get(channel)
         is_event = packet.id is UNSET
         if route is None:
             if is_event:
@@ -269,17 +281,6 @@ class Dispatcher:
             return all_in_pool
         ways = {Colour.POOL: in_pool, Colour.TASK: in_task, Colour.CONSUMER: in_consumer}
         return ways.get(handler.colour, in_place)
-
-    def _find(self, pattern: Raw | UnsetType) -> Route | None:
-        if isinstance(pattern, UnsetType):
-            return None
-        spelling = bytes(pattern)
-        route = self._spellings.get(spelling)
-        if route is None:
-            route = self._read(spelling)
-            if route is not None and len(spelling) <= MAX_SPELLING and len(self._spellings) < MAX_SPELLINGS:
-                self._spellings[spelling] = route
-        return route
 
     def _read(self, spelling: bytes) -> Route | None:
         # A text is tried as it stands first, so that handlers named "null" or "1e3" can be reached.

@@ -185,6 +185,15 @@ def load(address: Address, role: Role) -> Any:
         raise ConfigurationError(f"{address.scheme}:// needs {error.name or module}: {needed}") from error
 
 
+def load_codec(path: str) -> Any:
+    """Make the Codec that a dotted path names. Raises ConfigurationError."""
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(import_module(module), name)()
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigurationError(f"There is no codec {path!r}: {error}.") from error
+
+
 def read_options(shape: type[Any], address: Address) -> Any:
     """Fill a transport's options Struct from the URL's query. Raises ConfigurationError for a bad one."""
     return fill(shape, address.options, str(address))

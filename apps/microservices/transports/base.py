@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import msgspec
 from msgspec import UNSET, Raw
 
+from ..codec import UNENCODABLE, Codec, encode, not_json
 from ..context import NO_HEADERS, RpcContext
 from ..dispatcher import Dispatcher, Replier, Route
 from ..exceptions import (
@@ -27,8 +28,8 @@ from ..exceptions import (
     Unavailable,
 )
 from ..handlers import Delivery
-from ..packets import Event, Packet, Reply, Request
-from . import Address, Count, Seconds, fill, read_options
+from ..packets import Event, Packet, Reply, Request, Response
+from . import Address, Count, Seconds, fill, load_codec, read_options
 
 logger = logging.getLogger("microservices.transports")
 
@@ -46,6 +47,8 @@ class Status(StrEnum):
 class Options(msgspec.Struct, frozen=True, kw_only=True):
     """What the URL of any transport may set; times in seconds. Each transport adds its own."""
 
+    codec: str = ""
+    """The dotted path of a Codec, in place of plain JSON."""
     connect_timeout: Seconds = 5
     max_in_flight: Count = 256
     """How many messages a server works on at a time."""
@@ -53,21 +56,49 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     """The longest pause between two attempts to reach a broker that is away."""
 
 
-class Server(ABC):
-    """Brings packets to a dispatcher and its answers back."""
+class Peer(ABC):
+    """One end of a transport: its address, its options, its state, and how its packets are written."""
 
     scheme: ClassVar[str]
     Options: ClassVar[type[Options]] = Options
+
+    def __init__(self, address: Address) -> None:
+        self.address = address
+        self.options: Any = read_options(self.Options, address)
+        self.status = Status.DISCONNECTED
+        self._codec: Codec | None = load_codec(self.options.codec) if self.options.codec else None
+
+    @abstractmethod
+    def unwrap(self) -> Any:
+        """Return the native object behind it."""
+
+    def encode(self, packet: Request | Event | Response) -> bytes:
+        """Return what travels for a packet. Raises one of `codec.UNENCODABLE` for data without a JSON form."""
+        body = encode(packet)
+        return body if self._codec is None else self._codec.encode(body)
+
+    def decode(self, body: bytes) -> bytes:
+        """Return the JSON of what has come; what the codec cannot read is left as it is, a foreign message."""
+        if self._codec is None:
+            return body
+        try:
+            return self._codec.decode(body)
+        except Exception as error:  # noqa: BLE001 - a peer's bytes, and a project's code
+            logger.debug("the codec refused a message: %r", error)
+            return body
+
+
+class Server(Peer):
+    """Brings packets to a dispatcher and its answers back."""
+
     opens_port: ClassVar[bool] = True
     """Whether peers connect to it. A broker that is away never makes a process unready."""
     shared: ClassVar[bool] = False
     """Whether several services of a process can stand behind one door of it."""
 
     def __init__(self, address: Address, dispatcher: Dispatcher) -> None:
-        self.address = address
+        super().__init__(address)
         self.dispatcher = dispatcher
-        self.options: Any = read_options(self.Options, address)
-        self.status = Status.DISCONNECTED
         self.hears_events = True
         """Whether events come this way, too."""
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -81,15 +112,11 @@ class Server(ABC):
     async def close(self, grace: float) -> None:
         """Stop taking messages, let running ones finish for `grace` seconds, disconnect."""
 
-    @abstractmethod
-    def unwrap(self) -> Any:
-        """Return the native object behind this server."""
-
     async def join(self, dispatcher: Dispatcher) -> None:
         """Let another service of this process stand behind this door, too; where `shared` says that it can."""
         raise ConfigurationError(f"{self.address} is the door of {self.dispatcher.service} alone.")
 
-    async def announce(self, ready: bool) -> None:  # noqa: B027 - most protocols have no word for it
+    async def announce(self, ready: bool) -> None:
         """Tell peers whether this process takes calls."""
 
     @property
@@ -241,11 +268,9 @@ class BrokerServer(Server):
             delay = min(delay * 2, self.options.max_retry_delay)
 
 
-class ClientProxy(ABC):
+class ClientProxy(Peer):
     """Calls one service: keeps the calls that wait for an answer, by id."""
 
-    scheme: ClassVar[str]
-    Options: ClassVar[type[Options]] = Options
     Record: ClassVar[type[msgspec.Struct] | None] = None
     """What this transport can be told beside a single message: NestJS's record builders."""
     max_pending = 10_000
@@ -253,10 +278,8 @@ class ClientProxy(ABC):
     id_bytes = 6
 
     def __init__(self, address: Address, service: str) -> None:
-        self.address = address
+        super().__init__(address)
         self.service = service
-        self.options: Any = read_options(self.Options, address)
-        self.status = Status.DISCONNECTED
         self._opening: asyncio.Task[None] | None = None
         self._failure = ""
         self._was_connected = False
@@ -265,9 +288,16 @@ class ClientProxy(ABC):
         self._prefix = os.urandom(self.id_bytes).hex()
         self._count = 0
 
+    def encode(self, packet: Request | Event | Response) -> bytes:
+        """Return what travels for a packet. Raises RpcException where its data has no JSON form."""
+        try:
+            return super().encode(packet)
+        except UNENCODABLE as error:
+            raise not_json(error) from error
+
     # What a transport does
 
-    async def open(self) -> None:  # noqa: B027 - within a process there is nothing to connect
+    async def open(self) -> None:
         """Connect once. Raises Unavailable, OSError or TimeoutError."""
 
     @abstractmethod
@@ -278,14 +308,10 @@ class ClientProxy(ABC):
     async def dispatch_event(self, event: Event, context: RpcContext) -> None:
         """Hand over an event; return when that is done, raise Unavailable where it is not."""
 
-    async def disconnect(self) -> None:  # noqa: B027
+    async def disconnect(self) -> None:
         """Let go of the connection, if there is one."""
 
-    @abstractmethod
-    def unwrap(self) -> Any:
-        """Return the native object behind this client."""
-
-    def abandon(self, id: str) -> None:  # noqa: B027 - most transports have nothing to do here
+    def abandon(self, id: str) -> None:
         """Called when nobody waits for this request any more; the protocol has no word for it."""
 
     def ready(self) -> bool:

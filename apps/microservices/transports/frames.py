@@ -6,11 +6,13 @@ A frame is `<length>#<json>`, the length counted in UTF-16 code units (nest-wire
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import cast
 
-from .. import codec
 from ..exceptions import FrameError, RpcException
 from ..packets import Event, Request, Response
+
+Encode = Callable[[Request | Event | Response], bytes]
 
 FRAMES_PER_TURN = 64
 
@@ -119,7 +121,8 @@ class FramedConnection(asyncio.Protocol):
 
     transport: asyncio.Transport
 
-    def __init__(self, max_buffer_size: int, max_send_buffer_size: int) -> None:
+    def __init__(self, max_buffer_size: int, max_send_buffer_size: int, encode: Encode) -> None:
+        self._encode = encode
         self._loop = asyncio.get_running_loop()
         self._frames = FrameReader(max_buffer_size)
         self._max_units = max_buffer_size
@@ -198,7 +201,7 @@ class FramedConnection(asyncio.Protocol):
         """Put a packet into the next write. Raises RpcException for one that is too large or no JSON."""
         if self.transport.is_closing():
             return
-        body = codec.encode(packet)
+        body = self._encode(packet)
         if len(body) > self._max_units and (units := utf16_units(body)) > self._max_units:
             message = f"A packet of {units} UTF-16 units exceeds the limit of {self._max_units}."
             status = 500 if isinstance(packet, Response) else 413  # whose fault it is

@@ -15,7 +15,6 @@ from ..exceptions import RpcException, Unavailable
 from ..packets import Event, Packet, Reply, Request, Response
 from . import Address
 from .base import ClientProxy, Status
-from .envelope import encode
 
 Headers = Mapping[str, Any]
 
@@ -75,7 +74,7 @@ class LocalClient(ClientProxy):
         return _headers(options)
 
     async def publish(self, request: Request, context: RpcContext) -> None:
-        packet = codec.decode_packet(encode(request))
+        packet = codec.decode_packet(self.encode(request))
         headers = context.record or NO_HEADERS
         task = self._dispatcher.dispatch(packet, self._reply, transport=self.scheme, peer="", headers=headers)
         if task is not None:
@@ -84,7 +83,7 @@ class LocalClient(ClientProxy):
 
     async def dispatch_event(self, event: Event, context: RpcContext) -> None:
         headers = context.record or NO_HEADERS
-        await self._events.start(self._dispatcher, codec.decode_packet(encode(event)), self.scheme, headers)
+        await self._events.start(self._dispatcher, codec.decode_packet(self.encode(event)), self.scheme, headers)
 
     def abandon(self, id: str) -> None:
         task = self._requests.get(id)
@@ -137,7 +136,7 @@ class MemoryBus(ClientProxy):
         raise RpcException("An event bus answers no requests.")
 
     async def dispatch_event(self, event: Event, context: RpcContext) -> None:
-        packet = codec.decode_packet(encode(event))
+        packet = codec.decode_packet(self.encode(event))
         for dispatcher in self._dispatchers:
             if dispatcher.hears(context.pattern):
                 await self._events.start(dispatcher, packet, self.scheme, context.record or NO_HEADERS)

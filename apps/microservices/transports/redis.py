@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..instruments import dropped
 from ..packets import Event, Request, Response
 from . import Address
 from .base import BrokerServer
-from .envelope import encode, read_packet
+from .envelope import read_packet
 from .resp import RedisOptions, RedisProxy, RespConnection, open_connection
 
 _REPLY = b".reply"
@@ -77,9 +77,9 @@ class RedisServer(BrokerServer):
             self._take(self._connection, pattern, channel, push[3])
 
     def _take(self, connection: RespConnection, pattern: str, channel: str, body: bytes) -> None:
-        answer = _Answer(connection, channel)
+        answer = _Answer(connection, channel, self.encode)
         route = self.dispatcher.routes.get(pattern)
-        packet = read_packet(body)
+        packet = read_packet(self.decode(body))
         task = self.handle(packet, answer, peer=str(self.address), channel=channel, route=route, native=connection)
         if task is not None:
             answer.task = task
@@ -95,15 +95,16 @@ class RedisServer(BrokerServer):
 class _Answer:
     """Publishes the packets of one answer, as long as anybody listens."""
 
-    __slots__ = ("_channel", "_connection", "task")
+    __slots__ = ("_channel", "_connection", "_encode", "task")
 
-    def __init__(self, connection: RespConnection, channel: str) -> None:
+    def __init__(self, connection: RespConnection, channel: str, encode: Callable[[Response], bytes]) -> None:
         self._connection = connection
+        self._encode = encode
         self._channel = channel.encode() + _REPLY
         self.task: asyncio.Task[Any] | None = None
 
     def __call__(self, response: Response) -> Awaitable[None] | None:
-        body = codec.encode(response)
+        body = self._encode(response)
         if response.is_disposed is UNSET:
             self._connection.command(b"PUBLISH", self._channel, body).add_done_callback(self._published)
         else:
@@ -131,7 +132,7 @@ class RedisClient(RedisProxy):
 
     async def publish(self, request: Request, context: RpcContext) -> None:
         connection, route = self.live(), context.pattern
-        body = encode(request)
+        body = self.encode(request)
         sent = partial(self._sent, request.id, route)
         subscribed = self._channels.get(route)
         if subscribed is None:
@@ -142,7 +143,7 @@ class RedisClient(RedisProxy):
         connection.command(b"PUBLISH", route.encode(), body).add_done_callback(sent)
 
     async def dispatch_event(self, event: Event, context: RpcContext) -> None:
-        heard = await self.live().command(b"PUBLISH", context.pattern.encode(), encode(event))
+        heard = await self.live().command(b"PUBLISH", context.pattern.encode(), self.encode(event))
         if not heard and not self.options.cluster:
             dropped.add(self.service, self.scheme, "nobody-listens")
 
@@ -150,7 +151,7 @@ class RedisClient(RedisProxy):
         if push[0] != b"message":
             return
         try:
-            self.receive(codec.decode_reply(push[2]))
+            self.receive(codec.decode_reply(self.decode(push[2])))
         except (PacketError, msgspec.DecodeError, UnicodeDecodeError):
             dropped.add(self.service, self.scheme, "no-packet")
 

@@ -29,7 +29,6 @@ from ..instruments import dropped
 from ..packets import Event, Packet, Request, Response
 from . import Address, Count, Seconds
 from .base import BrokerServer
-from .envelope import encode
 from .resp import RedisError, RedisOptions, RedisProxy, RespConnection, ignore, open_connection
 
 logger = logging.getLogger("microservices.redis_streams")
@@ -70,7 +69,7 @@ class StreamsBus(RedisProxy):
         raise RpcException("An event bus answers no requests.")
 
     async def dispatch_event(self, event: Event, context: RpcContext) -> None:
-        body = encode(event)
+        body = self.encode(event)
         bound = (b"MAXLEN", b"~", b"%d" % self.options.max_length)
         await self.live().command(b"XADD", f"{STREAM}{context.pattern}".encode(), *bound, b"*", b"packet", body)
 
@@ -186,7 +185,7 @@ class StreamsListener(BrokerServer):
                     self._last[stream] = entry
 
     async def _tell(self, stream: bytes, fields: Any) -> None:
-        packet = _packet(fields)
+        packet = self._packet(fields)
         if packet is None:
             dropped.add(self.dispatcher.service, self.scheme, "no-packet")
             return
@@ -218,7 +217,7 @@ class StreamsListener(BrokerServer):
 
     async def _work(self, key: Key, fields: Any, attempt: int) -> None:
         async with self._slots:
-            packet = _packet(fields)
+            packet = self._packet(fields)
             if packet is None:
                 await self._bury(key, "it is no packet")
                 return
@@ -231,6 +230,15 @@ class StreamsListener(BrokerServer):
                 await self._bury(key, str(failures[0]))
             elif attempt >= self.options.attempts:
                 await self._bury(key, f"attempt {attempt} failed: {failures[0]!r}")
+
+    def _packet(self, fields: Any) -> Packet | None:
+        try:
+            body = dict(zip(fields[::2], fields[1::2], strict=True))[b"packet"]
+            packet = codec.decode_packet(self.decode(body))
+        except (KeyError, PacketError, msgspec.DecodeError, UnicodeDecodeError):
+            return None
+        packet.id = UNSET
+        return packet
 
     # What was not acknowledged
 
@@ -322,15 +330,6 @@ async def _answer(connection: RespConnection | None, *parts: bytes) -> Any:
             return await connection.command(*parts)
     except TimeoutError:
         raise Unavailable(f"Redis did not answer within {_PATIENCE:g} s.") from None
-
-
-def _packet(fields: Any) -> Packet | None:
-    try:
-        packet = codec.decode_packet(dict(zip(fields[::2], fields[1::2], strict=True))[b"packet"])
-    except (KeyError, PacketError, msgspec.DecodeError, UnicodeDecodeError):
-        return None
-    packet.id = UNSET
-    return packet
 
 
 def _nobody(response: Response) -> None:

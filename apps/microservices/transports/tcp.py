@@ -51,7 +51,7 @@ class _ServerConnection(FramedConnection):
 
     def __init__(self, server: TcpServer) -> None:
         options = server.options
-        super().__init__(options.max_buffer_size, options.max_send_buffer_size)
+        super().__init__(options.max_buffer_size, options.max_send_buffer_size, server.encode)
         self._server = server
         self._options = options
         self._max_in_flight = options.max_in_flight
@@ -109,7 +109,7 @@ class _ServerConnection(FramedConnection):
             self._half_frame.cancel()
             self._half_frame = None
         try:
-            packet = codec.decode_packet(body)
+            packet = codec.decode_packet(self._server.decode(body))
         except PacketError:
             dropped.add(self._server.dispatcher.service, "tcp", "no-packet")
             return
@@ -251,7 +251,7 @@ class _ClientConnection(FramedConnection):
     """The client's connection to its server."""
 
     def __init__(self, client: TcpClient) -> None:
-        super().__init__(client.options.max_buffer_size, client.options.max_send_buffer_size)
+        super().__init__(client.options.max_buffer_size, client.options.max_send_buffer_size, client.encode)
         self._client = client
         self._full = False
         self._why: Exception | None = None
@@ -262,7 +262,7 @@ class _ClientConnection(FramedConnection):
 
     def take(self, body: bytes) -> None:
         try:
-            reply = codec.decode_reply(body)
+            reply = codec.decode_reply(self._client.decode(body))
         except (PacketError, msgspec.DecodeError, UnicodeDecodeError) as error:
             raise FrameError(f"Could not parse JSON: {error}") from error
         full = self._client.receive(reply)
@@ -363,10 +363,7 @@ class TcpClient(ClientProxy):
         connection = self._connection
         if connection is None or connection.transport.is_closing():
             raise Unavailable(f"{self.service} closed the connection before the call was sent.")
-        try:
-            connection.write(packet)
-        except codec.UNENCODABLE as error:
-            raise codec.not_json(error) from error
+        connection.write(packet)
         return connection
 
 
