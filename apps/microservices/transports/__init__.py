@@ -34,7 +34,13 @@ class Transport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 _HERE = "microservices.transports"
 _TCP = Transport(server=f"{_HERE}.tcp.TcpServer", client=f"{_HERE}.tcp.TcpClient", names_port=True)
-_GRPC = Transport(server=f"{_HERE}.grpc.GrpcServer", client=f"{_HERE}.grpc.GrpcClient", names_port=True, extra="grpc")
+_GRPC = Transport(
+    server=f"{_HERE}.grpc.GrpcServer",
+    client=f"{_HERE}.grpc.GrpcClient",
+    names_port=True,
+    several=True,
+    extra="grpc",
+)
 _REDIS = Transport(
     server=f"{_HERE}.redis.RedisServer",
     client=f"{_HERE}.redis.RedisClient",
@@ -175,6 +181,8 @@ def load(address: Address, role: Role) -> Any:
     if not path:
         fit = ", ".join(f"{scheme}://" for scheme, transport in SCHEMES.items() if getattr(transport, role))
         raise ConfigurationError(f"{address.scheme}:// cannot {_ROLES[role]}; use {fit}.")
+    if role == "server" and address.others and not transport.broker:
+        raise ConfigurationError(f"{address}: a server listens at one address, not at {len(address.hosts)}.")
     module, _, name = path.rpartition(".")
     try:
         return getattr(import_module(module), name)

@@ -32,6 +32,8 @@ from .statuses import from_metadata, from_status, to_metadata, to_status
 from .tls import TlsOptions
 
 _MIB = 1024 * 1024
+# Over all addresses that answer; the first one that does would take all calls.
+_IN_TURN = '{"loadBalancingConfig":[{"round_robin":{}}]}'
 
 
 class Options(TlsOptions, frozen=True, kw_only=True):
@@ -417,11 +419,12 @@ class GrpcClient(ClientProxy):
         for path in self.options.rpcs.values():
             self._protos.method(path)
         self._channel: grpc.aio.Channel | None = None
-        self._methods: dict[str, tuple[Method, Any]] = {}
+        self._methods: dict[str, Method] = {}
+        self._starters: dict[str, Any] = {}
 
     async def open(self) -> None:
         if self._channel is None:
-            self._channel = self._new_channel()
+            self._channel = self._new_channel(await self._target())
         while (state := self._channel.get_state(try_to_connect=True)) is not grpc.ChannelConnectivity.READY:
             if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
                 raise Unavailable(f"{self.service} cannot be reached at {self.address}.")
@@ -432,9 +435,9 @@ class GrpcClient(ClientProxy):
             await self._channel.close()
 
     async def send(self, data: Any, context: RpcContext) -> Raw | None:
-        method, start = self._method(context.pattern)
+        method = self._method(context.pattern)
         await self._until_ready(context)
-        running = self._begin(method, start, data, context)
+        running = self._begin(method, data, context)
         with self._watching(running, context):
             if method.server_streaming:
                 body = await running.call.read()
@@ -442,7 +445,7 @@ class GrpcClient(ClientProxy):
             return _json(method, await running.call)
 
     async def stream(self, data: Any, context: RpcContext) -> AsyncGenerator[Raw]:
-        method, start = self._method(context.pattern)
+        method = self._method(context.pattern)
         if not method.server_streaming:
             if context.patience is not None:
                 context.cap_deadline(context.patience)
@@ -451,7 +454,7 @@ class GrpcClient(ClientProxy):
                 yield value
             return
         await self._until_ready(context)
-        running = self._begin(method, start, data, context)
+        running = self._begin(method, data, context)
         with self._watching(running, context):
             while True:
                 wait = min((w for w in (context.patience, context.remaining()) if w is not None), default=None)
@@ -483,7 +486,18 @@ class GrpcClient(ClientProxy):
     def unwrap(self) -> grpc.aio.Channel | None:
         return self._channel
 
-    def _new_channel(self) -> grpc.aio.Channel:
+    async def _target(self) -> str:
+        if not self.address.others:
+            return self.address.place  # all addresses of a name are found by grpc itself, and found anew
+        # Only bare addresses may stand side by side in a target.
+        ask = asyncio.get_running_loop().getaddrinfo
+        found = [await ask(host, port, type=socket.SOCK_STREAM) for host, port in self.address.hosts]
+        places = {(family, place[:2]) for of_host in found for family, *_, place in of_host}
+        if all(family == socket.AF_INET6 for family, _ in places):
+            return "ipv6:" + ",".join(f"[{ip}]:{port}" for _, (ip, port) in sorted(places))
+        return "ipv4:" + ",".join(f"{ip}:{port}" for family, (ip, port) in sorted(places) if family == socket.AF_INET)
+
+    def _new_channel(self, where: str) -> grpc.aio.Channel:
         options = self.options
         settings: list[tuple[str, int | str]] = [
             *options.channel(),
@@ -491,33 +505,40 @@ class GrpcClient(ClientProxy):
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.min_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 1000),
+            ("grpc.service_config", _IN_TURN),
         ]
         if options.keepalive is not None:
             settings += [("grpc.keepalive_time_ms", int(options.keepalive * 1000)), ("grpc.keepalive_timeout_ms", 5000)]
-        where = self.address.place
         if self.address.scheme != "grpcs":
             return grpc.aio.insecure_channel(where, settings)
-        if options.server_name:
-            settings.append(("grpc.ssl_target_name_override", options.server_name))
+        if options.server_name or self.address.others:
+            settings.append(("grpc.ssl_target_name_override", options.server_name or self.address.host))
         key, certificate, authority = (options.pem(name) for name in ("keyfile", "certfile", "cafile"))
         return grpc.aio.secure_channel(where, grpc.ssl_channel_credentials(authority, key, certificate), settings)
 
-    def _method(self, route: str) -> tuple[Method, Any]:
+    def _method(self, route: str) -> Method:
         known = self._methods.get(route)
         if known is None:
-            method = rpc(self._protos, self.options.rpcs, route, self.service)
+            known = self._methods[route] = rpc(self._protos, self.options.rpcs, route, self.service)
+        return known
+
+    def _starter(self, method: Method) -> Any:
+        start = self._starters.get(method.path)
+        if start is None:
             if self._channel is None:
-                self._channel = self._new_channel()
+                raise Unavailable(f"The client of {self.service} is closed.", code="closed")
             kinds = {
                 (False, False): self._channel.unary_unary,
                 (False, True): self._channel.unary_stream,
                 (True, False): self._channel.stream_unary,
                 (True, True): self._channel.stream_stream,
             }
-            known = self._methods[route] = method, kinds[method.client_streaming, method.server_streaming](method.path)
-        return known
+            kind = kinds[method.client_streaming, method.server_streaming]
+            start = self._starters[method.path] = kind(method.path)
+        return start
 
-    def _begin(self, method: Method, start: Any, data: Any, context: RpcContext) -> _Running:
+    def _begin(self, method: Method, data: Any, context: RpcContext) -> _Running:
+        start = self._starter(method)
         self._count += 1
         context.id = id = f"{self._prefix}{self._count:x}"
         running = _Running()

@@ -3,7 +3,7 @@
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from microservices.dispatcher import Dispatcher
 from microservices.exceptions import ConfigurationError, ConnectionLost, NoHandler, RpcException
 from microservices.handlers import _DOORS, Colour, Handler, doors_of, grpc_method
 from microservices.stubs import GrpcServices
-from microservices.transports import Address, protos
+from microservices.transports import Address, load, parse, protos
 from microservices.transports.base import ClientProxy, Status
 from microservices.transports.grpc import GrpcClient, GrpcServer, LocalGrpcClient
 from microservices.transports.statuses import from_metadata, from_status, to_status
@@ -824,3 +824,47 @@ def test_the_plain_name_of_metadata_wins_over_the_binary_one() -> None:
     pairs = (("identity-bin", b"mallory"), ("identity", "ada"), ("name-bin", "é".encode()))
 
     assert from_metadata(pairs) == {"identity": "ada", "name": "é"}
+
+
+@pytest.mark.asyncio
+async def test_calls_go_in_turn_to_all_addresses_and_past_one_that_is_gone(numbers_proto: Path) -> None:
+    asked: list[str] = []
+
+    def named(name: str) -> Callable[..., Any]:
+        @grpc_method("Numbers", "Square")
+        async def square(data: Number) -> Number:
+            asked.append(name)
+            return data
+
+        return square
+
+    servers = [GrpcServer(address(0, numbers_proto), service(named(name))) for name in ("one", "other")]
+    for server in servers:
+        await server.listen()
+    both = address(servers[0].port, numbers_proto)._replace(others=(("localhost", servers[1].port),))
+    try:
+        async with asyncio.timeout(PATIENCE), calling(lambda: GrpcClient(both, "numbers"), numbers_proto) as numbers:
+            while set(asked) != {"one", "other"}:  # the second connection may come a moment later
+                await numbers.Square({"value": 3})
+            asked.clear()
+            for _ in range(10):
+                await numbers.Square({"value": 3})
+            in_turn = sorted(asked)
+            await servers[0].close(0)
+            asked.clear()
+            answered = 0
+            while answered < 10:
+                with suppress(RpcException):  # the call that finds it gone
+                    await numbers.Square({"value": 3})
+                    answered += 1
+    finally:
+        for server in servers:
+            await server.close(0)
+
+    assert in_turn == ["one"] * 5 + ["other"] * 5
+    assert set(asked) == {"other"}
+
+
+def test_a_server_has_one_address(numbers_proto: Path) -> None:
+    with pytest.raises(ConfigurationError, match="a server listens at one address, not at 2"):
+        load(parse("grpc://127.0.0.1:5000,127.0.0.1:5001"), "server")
