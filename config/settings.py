@@ -53,8 +53,9 @@ def number(name: str, default: float) -> float:
 
 
 def service_url(name: str) -> str:
-    """Return the URL of a service."""
-    url: str = env.str(f"{name.upper()}_URL", default=fleet.SERVICES[name]["url"])
+    """Return the URL of a service: <NAME>_URL, else the broker that all of them share, else that of the map."""
+    shared = env.str("SERVICES_URL", default="").strip() or fleet.SERVICES[name]["url"]
+    url: str = env.str(f"{name.upper()}_URL", default=shared)
     return url.strip()
 
 

@@ -7,8 +7,9 @@ import re
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import httpx
 import pytest
@@ -17,85 +18,84 @@ from microservices.client import Client
 from microservices.transports import parse
 from microservices.transports.redis_streams import StreamsBus
 from microservices.transports.tcp import TcpClient
-from tests.system.shop import Process, Shop, fleet, free_ports, runserver, serve, until
-from tests.valkey import Valkey
+from tests import brokers
+from tests.brokers import Kafka, Mosquitto, Nats, RabbitMQ, Valkey
+from tests.system.shop import SERVICES, Process, Shop, fleet, free_ports, runserver, serve, until
 
 pytestmark = pytest.mark.slow
 
 Start = Callable[[Shop], object]
 
 
+Broker = Callable[[type[brokers.Broker]], Any]
+
+
 @pytest.fixture
-def valkey(tmp_path: Path) -> Iterator[Valkey]:
+def broker(tmp_path: Path) -> Iterator[Broker]:
+    """Start brokers of this test's own: `broker(Nats)`."""
+    with ExitStack() as running:
+        yield lambda kind: running.enter_context(kind(tmp_path / kind.__name__.lower()))
+
+
+@pytest.fixture
+def valkey(broker: Broker) -> Valkey:
     """A bus of this test's own."""
-    with Valkey(tmp_path / "valkey") as server:
-        yield server
+    return broker(Valkey)
 
 
-def on_streams(start: Start) -> Callable[[Shop, Valkey], None]:
-    """Start a shape with events on Redis Streams."""
+class Shape(NamedTuple):
+    """How the shop is started, and what carries its requests and events: kinds of brokers, and options of their URLs.
 
-    def started(shop: Shop, valkey: Valkey) -> None:
-        shop.env["REDIS_URL"] = valkey.url
-        start(shop)
+    Without them requests go over TCP, or stay in the process, and events in memory.
+    """
 
-    return started
+    start: Start
+    requests: type[brokers.Broker] | None = None
+    events: type[brokers.Broker] | None = None
+    events_scheme: str = ""
+    events_options: str = ""
+    only: str = ""
+    """The one service whose requests go over the broker."""
 
-
-def on_pub_sub(start: Start) -> Callable[[Shop, Valkey], None]:
-    """Start a shape with events on Redis as NestJS speaks it."""
-
-    def started(shop: Shop, valkey: Valkey) -> None:
-        shop.env |= {"REDIS_URL": valkey.url, "EVENTS_URL": valkey.url}
-        start(shop)
-
-    return started
-
-
-def all_on_redis(start: Start) -> Callable[[Shop, Valkey], None]:
-    """Start a shape with requests and events on Redis."""
-
-    def started(shop: Shop, valkey: Valkey) -> None:
-        shop.env |= {"REDIS_URL": valkey.url, "EVENTS_URL": valkey.url}
-        shop.env |= {f"{name}_URL": valkey.url for name in ("USERS", "ORDERS", "PAYMENTS", "NOTIFICATIONS")}
-        start(shop)
-
-    return started
-
-
-def users_on_redis(start: Start) -> Callable[[Shop, Valkey], None]:
-    """Start a shape with nothing but the requests for users moved to Redis."""
-
-    def started(shop: Shop, valkey: Valkey) -> None:
-        shop.env |= {"REDIS_URL": valkey.url, "USERS_URL": valkey.url}
-        start(shop)
-
-    return started
-
-
-def in_memory(start: Start) -> Callable[[Shop, Valkey], None]:
-    """Start a shape with events in memory."""
-
-    def started(shop: Shop, valkey: Valkey) -> None:
-        start(shop)
-
-    return started
+    def begin(self, shop: Shop, broker: Broker) -> None:
+        """Start the brokers, and then the shop."""
+        running = {kind: broker(kind) for kind in dict.fromkeys((self.requests, self.events)) if kind is not None}
+        if Valkey in running:
+            shop.env["REDIS_URL"] = running[Valkey].url
+        if self.events is not None:
+            scheme, _, rest = running[self.events].url.partition(":")
+            shop.env["EVENTS_URL"] = f"{self.events_scheme or scheme}:{rest}{self.events_options}"
+        if self.requests is not None and self.only:
+            shop.env[f"{self.only.upper()}_URL"] = running[self.requests].url
+        elif self.requests is not None:
+            shop.env["SERVICES_URL"] = running[self.requests].url
+            for name in SERVICES:
+                del shop.env[f"{name.upper()}_URL"]
+        self.start(shop)
 
 
 SHAPES = {
-    "monolith, events in memory": in_memory(runserver),
-    "hybrid, events in memory": in_memory(serve),
-    "hybrid, events on streams": on_streams(serve),
-    "fleet, events on streams": on_streams(fleet),
-    "fleet, events on pub/sub": on_pub_sub(fleet),
-    "fleet, requests for users on redis": users_on_redis(fleet),
-    "fleet, requests and events on redis": all_on_redis(fleet),
+    "monolith, events in memory": Shape(runserver),
+    "hybrid, events in memory": Shape(serve),
+    "hybrid, events on streams": Shape(serve, events=Valkey, events_scheme="redis-streams"),
+    "fleet, events on streams": Shape(fleet, events=Valkey, events_scheme="redis-streams"),
+    "fleet, requests for users on redis": Shape(
+        fleet, requests=Valkey, events=Valkey, events_scheme="redis-streams", only="users"
+    ),
+    "fleet, all on redis": Shape(fleet, requests=Valkey, events=Valkey),
+    "fleet, all on nats": Shape(fleet, requests=Nats, events=Nats),
+    "fleet, all on nats, events on jetstream": Shape(
+        fleet, requests=Nats, events=Nats, events_options="?stream=events"
+    ),
+    "fleet, all on mqtt": Shape(fleet, requests=Mosquitto, events=Mosquitto),
+    "fleet, all on rabbitmq": Shape(fleet, requests=RabbitMQ, events=RabbitMQ),
+    "fleet, all on kafka": Shape(fleet, requests=Kafka, events=Kafka),
 }
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_an_order_is_placed_paid_and_told(shop: Shop, valkey: Valkey, shape: Callable[[Shop, Valkey], None]) -> None:
-    shape(shop, valkey)
+def test_an_order_is_placed_paid_and_told(shop: Shop, broker: Broker, shape: Shape) -> None:
+    shape.begin(shop, broker)
 
     with httpx.Client(base_url=shop.url, timeout=20) as http:
         user = http.get("/api/users", params={"limit": "1"}).json()["data"][0]

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import httpx
 import pytest
 
+from tests.brokers import Valkey
 from tests.system.shop import MANAGE, ROOT, Process, Shop, fleet, gateway_alone, serve, until, users_alone
-from tests.valkey import Valkey
 
 pytestmark = pytest.mark.slow
 

@@ -2,23 +2,28 @@
 
 import asyncio
 import json
+import ssl
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from redis.asyncio import Redis
 
 from microservices.client import Client
+from microservices.context import RpcContext
 from microservices.dispatcher import Dispatcher
 from microservices.exceptions import ConfigurationError, ConnectionLost, DeadlineExceeded, RpcException, Unavailable
 from microservices.handlers import event_pattern, message_pattern
 from microservices.transports import parse
 from microservices.transports.base import ClientProxy, Status
 from microservices.transports.redis import RedisClient, RedisServer
-from tests.brokers import Valkey
+from tests.brokers import Valkey, free_port
 from tests.toolkit.conftest import service
+from tests.toolkit.transports.certificates import Authority
 from tests.toolkit.transports.contract import PATIENCE, BrokerContract, TransportContract, count, echo, hearing
 from tests.toolkit.transports.wire import Wire, listener, until
 
@@ -508,3 +513,124 @@ async def test_a_channel_that_is_not_allowed_is_told_and_mixes_up_no_answers(own
 
     assert [outcomes[0], outcomes[3]] == [1, 4]
     assert ["NOPERM" in str(outcome) for outcome in outcomes] == [False, True, True, False]
+
+
+# Wildcards
+
+
+@pytest.mark.asyncio
+async def test_an_answer_to_a_wildcard_goes_to_the_concrete_channel_and_comes_to_no_handler(
+    redis: str, foreign: Redis
+) -> None:
+    heard: asyncio.Queue[Any] = asyncio.Queue()
+
+    @message_pattern("users.*")
+    async def ask(data: Any, ctx: RpcContext) -> str:
+        heard.put_nowait((ctx.channel, data))
+        return "answered"
+
+    async with serving(redis, ask, options="?wildcards=true"), foreign.pubsub() as replies:
+        await replies.subscribe("users.get.reply")
+        await replies.get_message(timeout=PATIENCE)
+        await foreign.publish("users.get", '{"pattern":"users.get","data":1,"id":"7"}')
+        answer = await replies.get_message(timeout=PATIENCE)
+        await foreign.publish("users.next", '{"data":2}')
+        calls = [await heard.get(), await heard.get()]
+
+    assert answer is not None
+    assert answer["data"].decode() == '{"response":"answered","isDisposed":true,"id":"7"}'
+    assert calls == [("users.get", 1), ("users.next", 2)]
+
+
+# Sentinels, clusters, TLS
+
+
+class Sentinel(Valkey):
+    """Tells where the masters are."""
+
+    def _command(self) -> list[str]:
+        file = self._folder / "sentinel.conf"
+        file.write_text(f"port {self.port}\nbind 127.0.0.1\n")
+        return [self._binary, str(file), "--sentinel"]
+
+
+class ClusterNode(Valkey):
+    """One node of a cluster."""
+
+    def _command(self) -> list[str]:
+        return [*super()._command(), "--cluster-enabled", "yes", "--cluster-port", str(free_port())]
+
+
+@pytest.mark.asyncio
+async def test_the_sentinels_tell_where_the_master_is(own_redis: Valkey, tmp_path: Path) -> None:
+    with Sentinel(tmp_path / "sentinel") as sentinel:
+        gone = f"127.0.0.1:{free_port()}"
+        url = f"redis://{gone},127.0.0.1:{sentinel.port}/3?sentinel=shop&connect_timeout=2"
+        async with Redis.from_url(sentinel.url) as admin, calling(url) as early:
+            with pytest.raises(Unavailable, match="knows no shop"):
+                await early.send("echo", 1)
+            await admin.execute_command("SENTINEL", "MONITOR", "shop", "127.0.0.1", own_redis.port, 1)
+            async with serving(url, echo) as server, calling(url) as client:
+                answer = await client.send("echo", 1)
+                status = server.status
+
+    assert (answer, status) == (1, Status.CONNECTED)
+
+
+@pytest.mark.asyncio
+async def test_in_a_cluster_all_nodes_carry_the_messages(tmp_path: Path) -> None:
+    with ClusterNode(tmp_path / "one") as one, ClusterNode(tmp_path / "other") as other:
+        async with asyncio.timeout(PATIENCE), Redis.from_url(one.url) as admin:
+            bus_port = other._process.args[-1]
+            await admin.execute_command("CLUSTER", "MEET", "127.0.0.1", other.port, bus_port)
+            while b"cluster_known_nodes:2" not in await admin.execute_command("CLUSTER", "INFO"):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        heard: asyncio.Queue[Any] = asyncio.Queue()
+        async with (
+            serving(f"{one.url}?cluster=true", echo, hearing("made", heard)),
+            calling(f"{other.url}?cluster=true") as client,
+        ):
+            answer = await _insist(client)
+            await client.emit("made", 1)
+            event = await heard.get()
+
+    assert answer == 1
+    assert event[1] == 1
+
+
+async def _insist(client: Client) -> Any:
+    # The two nodes may still be getting to know each other.
+    while True:
+        with suppress(DeadlineExceeded):
+            return await client.send("echo", 1, timeout=0.2)
+
+
+@pytest.mark.asyncio
+async def test_rediss_is_tls(redis: str, tmp_path: Path) -> None:
+    authority, plain = Authority(tmp_path), urlsplit(redis)
+    own = authority.issue("redis")
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(*own)
+
+    async def pass_on(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while data := await source.read(65536):
+                target.write(data)
+        target.close()
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        onward = await asyncio.open_connection(plain.hostname, plain.port)
+        await asyncio.gather(pass_on(reader, onward[1]), pass_on(onward[0], writer))
+
+    front = await asyncio.start_server(connected, "127.0.0.1", 0, ssl=context)
+    url = f"rediss://127.0.0.1:{front.sockets[0].getsockname()[1]}{plain.path}?cafile={authority.cafile}"
+    try:
+        async with serving(url, echo), calling(url) as client:
+            answer = await client.send("echo", 1)
+        async with calling(url.partition("?")[0]) as stranger:
+            with pytest.raises(Unavailable, match="cannot be reached"):
+                await stranger.send("echo", 1)
+    finally:
+        front.close()
+
+    assert answer == 1
