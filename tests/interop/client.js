@@ -1,5 +1,4 @@
-// A real NestJS client that the Python side drives by JSON lines: `node client.js PORT`, over TCP, or
-// `node client.js PORT redis`, with the port of a Redis.
+// A real NestJS client that the Python side drives: `node --import ./versions.js client.js '{"url": URL}'`.
 import 'reflect-metadata';
 import { AsyncLocalStorage } from 'node:async_hooks';
 import { Logger } from '@nestjs/common';
@@ -8,21 +7,30 @@ import {
   defaultIfEmpty, forkJoin, ignoreElements, lastValueFrom, mergeAll, tap, timeout, TimeoutError,
   toArray,
 } from 'rxjs';
-import { answerLines } from './lines.js';
+import { answerLines, told } from './peer.js';
+import { recordOf } from './records.js';
+import { configuration, firstFetch } from './transports.js';
 
 const OPERATION_TIMEOUT = 10_000;
 
 // Nest logs to stdout, which carries the answers.
 Logger.overrideLogger(false);
 
-const client = ClientProxyFactory.create({
-  transport: Transport[(process.argv[3] ?? 'tcp').toUpperCase()],
-  options: { host: '127.0.0.1', port: Number(process.argv[2]) },
-});
+const { replies = [], ...config } = told();
+const configured = configuration(config);
+const client = ClientProxyFactory.create(configured);
+
+if (configured.transport === Transport.KAFKA) {
+  replies.forEach((pattern) => client.subscribeToResponseOf(pattern));
+  await client.connect();
+  if (replies.length > 0) {
+    await firstFetch(client.consumer);
+  }
+}
 
 // The hook sees only the packet, and commands run side by side.
 const currentMetadata = new AsyncLocalStorage();
-client.setOnDispatchHook((packet) => {
+client.setOnDispatchHook?.((packet) => {
   const metadata = currentMetadata.getStore();
   if (metadata !== undefined) {
     packet.metadata = metadata;
@@ -46,10 +54,14 @@ function describe(error) {
   return error instanceof Error ? { name: error.name, message: error.message } : error;
 }
 
-async function perform({ op, ...command }) {
+async function perform({ op, record, ...command }) {
   const values = [];
   try {
-    const result = operations[op](command).pipe(
+    if (currentMetadata.getStore() !== undefined && client.setOnDispatchHook === undefined) {
+      throw new Error('This NestJS sends no metadata.');
+    }
+    const data = record === undefined ? command.data : await recordOf(configured.transport, command.data, record);
+    const result = operations[op]({ ...command, data }).pipe(
       tap((value) => values.push(value)),
       // One item at completion makes the deadline one for the operation, not for each value.
       toArray(),
@@ -65,4 +77,4 @@ async function perform({ op, ...command }) {
   }
 }
 
-answerLines(({ metadata, ...command }) => currentMetadata.run(metadata, () => perform(command)));
+answerLines(client, ({ metadata, ...command }) => currentMetadata.run(metadata, () => perform(command)));

@@ -1,16 +1,16 @@
 """NestJS and ourselves, each as a server and as a client, alive for the whole session."""
 
 import os
-from collections.abc import AsyncIterator, Iterator
-from urllib.parse import urlsplit
+from collections.abc import AsyncIterator, Generator, Iterator
 
 import pytest
 import pytest_asyncio
 
 from microservices.client import Client
+from tests.brokers import RabbitMQ, broker_url
 from tests.interop.nest import NestClient, free_port, install, nest_client, nest_server
 from tests.interop.ours import OurServer, our_client, our_server
-from tests.valkey import redis_url
+from tests.interop.table import Table
 
 
 @pytest.fixture(scope="session")
@@ -27,39 +27,51 @@ def node_modules() -> None:
 async def nest_port(node_modules: None) -> AsyncIterator[int]:
     """The port of NestJS's server."""
     port = free_port()
-    async with nest_server(port):
+    async with nest_server(f"tcp://127.0.0.1:{port}"):
         yield port
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def ours(node_modules: None) -> AsyncIterator[OurServer]:
     """Our server."""
-    async with our_server(free_port()) as ours:
+    async with our_server(f"tcp://127.0.0.1:{free_port()}") as ours:
         yield ours
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def nest(ours: OurServer) -> AsyncIterator[NestClient]:
     """NestJS's client of our server."""
-    async with nest_client(ours.port) as client:
+    async with nest_client(f"tcp://127.0.0.1:{ours.port}") as client:
         yield client
 
 
 @pytest_asyncio.fixture(loop_scope="session")
 async def client(nest_port: int) -> AsyncIterator[Client]:
     """Our client of NestJS's server."""
-    async with our_client(nest_port) as client:
+    async with our_client(f"tcp://127.0.0.1:{nest_port}") as client:
         yield client
 
 
-# The same over Redis
-
-
 @pytest.fixture(scope="session")
-def redis_port(node_modules: None) -> Iterator[int]:
-    """The port of a Redis on loopback."""
-    with redis_url() as url:
-        redis = urlsplit(url)
-        if redis.password or redis.hostname not in ("127.0.0.1", "localhost"):
-            pytest.skip("REDIS_URL names a server elsewhere, or one with a password")
-        yield redis.port or 6379
+def rabbitmq(node_modules: None) -> Iterator[str]:
+    """The URL of a RabbitMQ."""
+    with broker_url(RabbitMQ) as url:
+        yield url
+
+
+# What the whole run says of NestJS and us
+
+_table = Table()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Note the outcome of each case."""
+    report = yield
+    _table.note(item, report)
+    return report
+
+
+def pytest_sessionfinish() -> None:
+    """Write it down."""
+    _table.write()

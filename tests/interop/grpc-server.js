@@ -1,26 +1,13 @@
-// A real NestJS gRPC service of the shop's own .proto files: `node grpc-server.js PORT`.
+// A real NestJS gRPC service of the shop's own .proto files, and of talk.proto; started as server.js is.
 import 'reflect-metadata';
-import { dirname, join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
-import { fileURLToPath } from 'node:url';
-import { Controller, Module } from '@nestjs/common';
-import { NestFactory } from '@nestjs/core';
-import { GrpcMethod, RpcException, Transport } from '@nestjs/microservices';
-import { concat, from, NEVER, throwError } from 'rxjs';
+import { GrpcMethod, GrpcStreamMethod, RpcException } from '@nestjs/microservices';
+import { concat, from, map, NEVER, range, reduce, throwError } from 'rxjs';
+import { serve } from './peer.js';
+import { decorate, listen } from './service.js';
 
-const PROTO = join(dirname(fileURLToPath(import.meta.url)), '../../proto');
 const ADA = { id: '1', name: 'Ada é😀', email: 'ada@example.org' };
 const order = (number) => ({ id: `${number}`, number: `2026-${number}`, total: 2 ** 53 - 1, lines: [] });
-
-export const grpcOptions = (port) => ({
-  transport: Transport.GRPC,
-  options: {
-    url: `127.0.0.1:${port}`,
-    package: ['users', 'orders'],
-    protoPath: ['users.proto', 'orders.proto'].map((file) => join(PROTO, file)),
-    loader: { keepCase: true, longs: Number },
-  },
-});
 
 class UsersController {
   async findOne({ id }, metadata) {
@@ -51,30 +38,34 @@ class OrdersController {
   findOne() { return order(this.cancelled); }
 }
 
-// Decorator syntax would need a build step.
-function decorate(controller, service, methods) {
-  for (const method of methods) {
-    const { prototype } = controller;
-    const rpc = method[0].toUpperCase() + method.slice(1);
-    GrpcMethod(service, rpc)(prototype, method, Object.getOwnPropertyDescriptor(prototype, method));
+function answer({ text }) {
+  if (text === 'broken') {
+    throw new RpcException({ code: 3, message: 'broken' });
   }
-  Controller()(controller);
+  return { text: `re: ${text}` };
 }
 
-decorate(UsersController, 'UsersService', ['findOne', 'findAll', 'createUser']);
-decorate(OrdersController, 'OrdersService', ['findOne', 'findAll', 'watchOrder']);
-
-class PeerModule {}
-Module({ controllers: [UsersController, OrdersController] })(PeerModule);
-
-if (process.argv[1] === fileURLToPath(import.meta.url)) {
-  const stop = () => process.exit(0);
-  process.on('SIGTERM', stop);
-  // A test run that is killed cannot send a signal, but its end of the pipe closes.
-  process.stdin.on('end', stop).on('error', stop).resume();
-  const application = await NestFactory.createMicroservice(PeerModule, {
-    ...grpcOptions(process.argv[2]), logger: false, abortOnError: false,
-  });
-  await application.listen();
-  console.log('ready');
+class TalkController {
+  say(line) { return answer(line); }
+  count({ count }) { return range(1, count).pipe(map((number) => ({ text: `${number}` }))); }
+  // An async function that awaits the last line never gets the first.
+  collect(lines) {
+    const summary = { lines: 0, text: '' };
+    return lines.pipe(reduce((sum, { text }) => ({ lines: sum.lines + 1, text: sum.text + text }), summary));
+  }
+  chat(lines) { return lines.pipe(map(answer)); }
 }
+
+function provide(controller, service, methods) {
+  decorate(controller, Object.fromEntries(Object.entries(methods).map(([method, decorator]) => (
+    [method, decorator(service, method[0].toUpperCase() + method.slice(1))]
+  ))));
+}
+
+provide(UsersController, 'UsersService', { findOne: GrpcMethod, findAll: GrpcMethod, createUser: GrpcMethod });
+provide(OrdersController, 'OrdersService', { findOne: GrpcMethod, findAll: GrpcMethod, watchOrder: GrpcMethod });
+provide(TalkController, 'TalkService', {
+  say: GrpcMethod, count: GrpcMethod, collect: GrpcStreamMethod, chat: GrpcStreamMethod,
+});
+
+await serve((told) => listen([UsersController, OrdersController, TalkController], told));

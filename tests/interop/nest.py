@@ -5,17 +5,21 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
 import random
 import shutil
 import socket
 import subprocess
 from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
+NEWEST = "nest12"
+VERSIONS = ("nest11", NEWEST)  # each a folder, with the packages of its own
 OLDEST_NODE = 20
 # Where systems do not take the ports of outgoing connections from.
 PORTS = range(20_000, 32_768)
@@ -29,18 +33,25 @@ PAUSE_AFTER_BYTE = 0.0005
 
 
 def install() -> str:
-    """Install the packages of package-lock.json where they are missing or older; return why that cannot be, or ''."""
+    """Install the packages of all versions where they are missing or older; return why that cannot be, or ''."""
     if not (shutil.which("node") and shutil.which("npm")):
         return "node and npm are not installed"
     version = subprocess.run(["node", "--version"], capture_output=True, text=True, timeout=START_LIMIT).stdout
     if int(version.strip().lstrip("v").partition(".")[0] or 0) < OLDEST_NODE:
         return f"Node {OLDEST_NODE} or newer is needed, not {version.strip()}"
-    wanted, installed = HERE / "package-lock.json", HERE / "node_modules" / ".package-lock.json"  # npm writes it last
-    if installed.exists() and installed.stat().st_mtime >= wanted.stat().st_mtime:
+    with ThreadPoolExecutor() as pool:
+        return next(filter(None, pool.map(install_version, VERSIONS)), "")
+
+
+def install_version(version: str) -> str:
+    """Install the packages of one package-lock.json where they are missing or older."""
+    folder = HERE / version
+    wanted, installed = folder / "package-lock.json", folder / "node_modules" / ".package-lock.json"
+    if installed.exists() and installed.stat().st_mtime >= wanted.stat().st_mtime:  # npm writes it last
         return ""
     try:
         command = ["npm", "ci", "--no-audit", "--no-fund"]
-        done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=INSTALL_LIMIT)
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=INSTALL_LIMIT)
     except subprocess.TimeoutExpired:
         return f"npm ci took longer than {INSTALL_LIMIT} s"
     return f"npm ci failed: {done.stderr.strip()[:500]}" if done.returncode else ""
@@ -58,10 +69,15 @@ def free_port() -> int:
 
 
 @asynccontextmanager
-async def node(script: str, port: int, scheme: str) -> AsyncIterator[Process]:
-    """Run one of this folder's scripts until the block ends."""
+async def node(script: str, version: str, told: Mapping[str, Any]) -> AsyncIterator[Process]:
+    """Run one of this folder's scripts with a version of NestJS until the block ends."""
     process = await asyncio.create_subprocess_exec(
-        "node", script, str(port), scheme, cwd=HERE, stdin=PIPE, stdout=PIPE, limit=LONGEST_LINE
+        *("node", "--import", "./versions.js", script, json.dumps(told)),
+        cwd=HERE,
+        env={**os.environ, "NEST": version},
+        stdin=PIPE,
+        stdout=PIPE,
+        limit=LONGEST_LINE,
     )
     assert process.stdin is not None
     assert process.stdout is not None
@@ -96,21 +112,28 @@ class NestClient:
         self._tags = itertools.count()
         self._waiting: dict[int, asyncio.Future[Answer]] = {}
 
-    async def send(self, pattern: Any, data: Any, metadata: Mapping[str, str] | None = None) -> Answer:
-        """Do what ClientProxy.send does and wait until its observable ends."""
-        return await self._perform(op="send", pattern=pattern, data=data, **_given(metadata))
+    async def send(self, pattern: Any, data: Any, **beside: Any) -> Answer:
+        """Do what ClientProxy.send does and wait until its observable ends.
+
+        `beside` the data: the `metadata` of the packet, or a `record` of what the transport itself carries.
+        """
+        return await self._perform(op="send", pattern=pattern, data=data, **beside)
 
     async def send_many(self, pattern: Any, count: int) -> Answer:
         """Send `count` requests side by side, each with its number and a text that is not ASCII."""
         return await self._perform(op="send-many", pattern=pattern, count=count)
 
-    async def emit(self, pattern: Any, data: Any, metadata: Mapping[str, str] | None = None) -> Answer:
+    async def emit(self, pattern: Any, data: Any, **beside: Any) -> Answer:
         """Do what ClientProxy.emit does."""
-        return await self._perform(op="emit", pattern=pattern, data=data, **_given(metadata))
+        return await self._perform(op="emit", pattern=pattern, data=data, **beside)
 
     async def call(self, service: str, method: str, data: Any, **options: Any) -> Answer:
         """Call a gRPC method; `options`: `metadata`, a `deadline` in ms, how many of the `first` values to take."""
         return await self._perform(service=service, method=method, data=data, **options)
+
+    async def call_with_stream(self, service: str, method: str, items: list[Any], **options: Any) -> Answer:
+        """Call a gRPC method that takes a stream; `options`: also the `pause` in ms before each of the items."""
+        return await self._perform(service=service, method=method, items=items, **options)
 
     async def listen(self) -> None:
         """Hand out the answers until the process ends."""
@@ -130,21 +153,29 @@ class NestClient:
             return await answer
 
 
-def _given(metadata: Mapping[str, str] | None) -> dict[str, Any]:
-    return {} if metadata is None else {"metadata": metadata}
-
-
 @asynccontextmanager
-async def nest_server(port: int, scheme: str = "tcp", script: str = "server.js") -> AsyncIterator[Process]:
-    """Run NestJS's server; `port` is its own, or that of a broker."""
-    async with node(script, port, scheme) as process:
+async def nest_server(
+    url: str, /, *, version: str = NEWEST, name: str = "nest", share: str = "", **options: Any
+) -> AsyncIterator[Process]:
+    """Run NestJS's server; `url` is its own, or that of a broker, and `options` are those of its transport.
+
+    It answers `who` by its `name`; servers of MQTT share what comes if their `share` is the same.
+    """
+    told = {"url": url, "name": name, "share": share, "options": options}
+    async with node("grpc-server.js" if url.startswith("grpc:") else "server.js", version, told) as process:
         yield process
 
 
 @asynccontextmanager
-async def nest_client(port: int, scheme: str = "tcp", script: str = "client.js") -> AsyncIterator[NestClient]:
-    """Run NestJS's client; `port` is the server's, or that of a broker."""
-    async with node(script, port, scheme) as process:
+async def nest_client(
+    url: str, /, *, version: str = NEWEST, replies: Iterable[str] = (), **options: Any
+) -> AsyncIterator[NestClient]:
+    """Run NestJS's client; `url` is the server's, or that of a broker, and `options` are those of its transport.
+
+    Over Kafka it gets answers to the patterns in `replies` only.
+    """
+    told = {"url": url, "replies": list(replies), "options": options}
+    async with node("grpc-client.js" if url.startswith("grpc:") else "client.js", version, told) as process:
         client = NestClient(process)
         listening = asyncio.create_task(client.listen())
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, NamedTuple
 
@@ -39,13 +39,19 @@ class Heard(NamedTuple):
     pattern: str
     data: Any
     metadata: dict[str, str]
+    channel: str = ""
+    headers: Mapping[str, Any] = {}
 
 
 class OurServer(NamedTuple):
-    """Our server's port, and what its event handlers heard."""
+    """Our server's URL, and what its event handlers heard."""
 
-    port: int
+    url: str
     heard: asyncio.Queue[Heard]
+
+    @property
+    def port(self) -> int:
+        return parse(self.url).port
 
 
 @message_pattern({"cmd": "sum"}, inline=True)
@@ -84,6 +90,11 @@ async def slow(data: Pause) -> int:
 @message_pattern("metadata")
 async def metadata(data: Any, context: RpcContext) -> dict[str, str]:
     return context.metadata
+
+
+@message_pattern("headers")
+async def headers(data: Any, context: RpcContext) -> dict[str, str]:
+    return dict(context.headers)
 
 
 @message_pattern("rpc-text")
@@ -125,6 +136,7 @@ HANDLERS = (
     stream,
     slow,
     metadata,
+    headers,
     fail_with_text,
     fail_with_object,
     fail_unexpectedly,
@@ -135,31 +147,39 @@ HANDLERS = (
 
 
 @asynccontextmanager
-async def our_server(port: int, scheme: str = "tcp") -> AsyncIterator[OurServer]:
-    """Serve all handlers until the block ends; `port` is our own, or that of a broker."""
+async def our_server(
+    url: str, *more: Callable[..., Any], name: str = "ours", wildcard: str = ""
+) -> AsyncIterator[OurServer]:
+    """Serve all handlers, and `more`, until the block ends; `url` is our own, or that of a broker.
+
+    Events are heard by their names, and by a `wildcard`.
+    """
     heard: asyncio.Queue[Heard] = asyncio.Queue()
 
-    @event_pattern(["noted", {"event": "order.placed", "version": 2}])
-    async def note(data: Any, context: RpcContext) -> None:
-        heard.put_nowait(Heard(context.pattern, data, context.metadata))
+    def note(data: Any, context: RpcContext) -> None:
+        told = Heard(context.pattern, data, context.metadata, context.channel, dict(context.headers))
+        loop.call_soon_threadsafe(heard.put_nowait, told)
 
+    loop = asyncio.get_running_loop()
+    patterns = ["noted", {"event": "order.placed", "version": 2}, *([wildcard] if wildcard else [])]
+    event_pattern(patterns)(note)
     executor = Executor(4)
-    dispatcher = Dispatcher("ours", [Handler(function) for function in (*HANDLERS, note)], executor)
-    address = parse(f"{scheme}://127.0.0.1:{port}")
+    dispatcher = Dispatcher(name, [Handler(function) for function in (*HANDLERS, note, *more)], executor)
+    address = parse(url)
     server = load(address, "server")(address, dispatcher)
     await server.listen()
     try:
-        yield OurServer(port, heard)
+        yield OurServer(url, heard)
     finally:
         await server.close(grace=0)
         executor.close()
 
 
 @asynccontextmanager
-async def our_client(port: int, scheme: str = "tcp") -> AsyncIterator[Client]:
-    """Call whoever listens on `port`, or on the broker there."""
-    address = parse(f"{scheme}://127.0.0.1:{port}")
-    client = Client("nest", lambda: load(address, "client")(address, "nest"))
+async def our_client(url: str, name: str = "nest") -> AsyncIterator[Client]:
+    """Call whoever listens at `url`, or on the broker there."""
+    address = parse(url)
+    client = Client(name, lambda: load(address, "client")(address, name))
     try:
         yield client
     finally:

@@ -1,7 +1,7 @@
-// Records the route that NestJS makes of each of these patterns: `node patterns.js`.
+// Records the route that NestJS makes of each of these patterns: `npm run record`.
 import 'reflect-metadata';
 import { writeFileSync } from 'node:fs';
-import { transformPatternToRoute } from '@nestjs/microservices/utils/transform-pattern.utils';
+import { transformPatternToRoute } from '@nestjs/microservices/utils/transform-pattern.utils.js';
 
 const TARGET = new URL('../toolkit/golden/patterns.json', import.meta.url);
 const KEYS_IN_ONE_OBJECT = 20;

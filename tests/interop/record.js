@@ -1,4 +1,4 @@
-// Records what a real NestJS client and server say to each other: `node record.js`.
+// Records what a real NestJS client and server say to each other: `npm run record`.
 import { createHash } from 'node:crypto';
 import { once } from 'node:events';
 import { readFileSync, writeFileSync } from 'node:fs';
@@ -6,10 +6,11 @@ import net from 'node:net';
 import { ClientProxyFactory, Transport } from '@nestjs/microservices';
 import { lastValueFrom } from 'rxjs';
 import { startServer } from './server.js';
+import { VERSION } from './versions.js';
 
 const HOST = '127.0.0.1';
 const TARGET = new URL('../toolkit/golden/tcp.json', import.meta.url);
-const MANIFEST = JSON.parse(readFileSync(new URL('package.json', import.meta.url), 'utf8'));
+const MANIFEST = JSON.parse(readFileSync(new URL(`${VERSION}/package.json`, import.meta.url), 'utf8'));
 
 const EXCHANGES = {
   'request-sum': (client) => client.send({ cmd: 'sum' }, [1, 2, 3]),
@@ -75,7 +76,7 @@ function withFixedId(name, { client, server }) {
   return { name, client: client.replaceAll(id, fixed), server: server.replaceAll(id, fixed) };
 }
 
-const server = await startServer(0);
+const server = await startServer({ url: `tcp://${HOST}:0` });
 const relay = await startRelay(server.unwrap().address().port);
 const cases = [];
 for (const [name, exchange] of Object.entries(EXCHANGES)) {

@@ -52,7 +52,7 @@ def shop(node_modules: None, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def nest(shop: Shop) -> AsyncIterator[NestClient]:
     """NestJS's ClientGrpc of the shop."""
-    async with nest_client(shop.grpc_port, "grpc", "grpc-client.js") as client:
+    async with nest_client(f"grpc://127.0.0.1:{shop.grpc_port}") as client:
         yield client
 
 
@@ -144,7 +144,7 @@ async def test_nest_is_told_at_once_of_a_stream_of_what_is_not_there(nest: NestC
 
 async def test_nest_is_told_of_a_service_that_we_do_not_serve_here(shop: Shop) -> None:
     shop.start("grpcserve", "users").until_says("ready")
-    async with nest_client(int(shop.env["USERS_GRPC_PORT"]), "grpc", "grpc-client.js") as nest:
+    async with nest_client(f"grpc://127.0.0.1:{shop.env['USERS_GRPC_PORT']}") as nest:
         served = await nest.call("UsersService", "findAll", {})
         unserved = await nest.call("OrdersService", "findOne", {"id": "1"})
 
@@ -199,7 +199,7 @@ async def reflected(channel: grpc.aio.Channel, **question: str) -> Any:
 async def nest_grpc_port(node_modules: None) -> AsyncIterator[int]:
     """The port of NestJS's gRPC server."""
     port = free_port()
-    async with nest_server(port, "grpc", "grpc-server.js"):
+    async with nest_server(f"grpc://127.0.0.1:{port}"):
         yield port
 
 

@@ -1,4 +1,4 @@
-"""Over TCP, NestJS and ourselves understand each other, whoever calls whom."""
+"""What NestJS and ourselves do alike over TCP alone: frames, connections and their ends."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from msgspec import Raw, Struct
 
-from microservices import ConnectionLost, DeadlineExceeded, NoHandler, RpcException, Unavailable
+from microservices import ConnectionLost, DeadlineExceeded, RpcException, Unavailable
 from microservices.client import Client
 from microservices.transports.frames import frame
 from tests.interop.nest import Answer, NestClient, free_port, hang_up, nest_client, nest_server, relay
-from tests.interop.ours import Heard, OurServer, our_client, our_server
+from tests.interop.ours import OurServer, our_client, our_server
 
 pytestmark = [
     pytest.mark.interop,
@@ -34,66 +34,6 @@ class User(Struct):
 # NestJS calls us
 
 
-@pytest.mark.parametrize(
-    ("pattern", "data", "value"),
-    [
-        ({"cmd": "sum"}, [1, 2, 3.5], 6.5),
-        ("echo", {"text": "é😀\u2028", "list": [1, None, True]}, {"text": "é😀\u2028", "list": [1, None, True]}),
-        ("slow", {"ms": 1}, 1),
-        (5, {}, "5"),
-        ({"a": "x", "b": 1}, {}, '{"a":"x","b":1}'),
-        ({"b": 1, "a": "x"}, {}, '{"a":"x","b":1}'),
-        ("first", {}, "first"),
-        ("second", {}, "second"),
-        ({"version": 2, "cmd": "place"}, {"lines": [{"quantity": 2}, {"quantity": 3}]}, 5),
-        ({"cmd": "null"}, {}, None),
-    ],
-)
-async def test_nest_gets_one_value_from_our_handler(nest: NestClient, pattern: Any, data: Any, value: Any) -> None:
-    answer = await nest.send(pattern, data)
-
-    assert answer == Answer([value])
-
-
-async def test_nest_gets_each_of_200_concurrent_answers_for_its_own_request(nest: NestClient) -> None:
-    answer = await nest.send_many("echo", 200)
-
-    assert answer == Answer([{"n": n, "text": f"é😀{n}"} for n in range(200)])
-
-
-async def test_nest_gets_no_value_from_our_handler_that_yields_none(nest: NestClient) -> None:
-    answer = await nest.send("nothing", {})
-
-    assert answer == Answer([])
-
-
-@pytest.mark.parametrize("count", [1, 3, 1000])
-async def test_nest_gets_every_value_of_our_stream_in_order(nest: NestClient, count: int) -> None:
-    answer = await nest.send("stream", {"count": count})
-
-    assert answer == Answer(list(range(count)))
-
-
-@pytest.mark.parametrize(
-    ("pattern", "values", "error"),
-    [
-        ("rpc-text", [], {"status": "error", "message": "boom"}),
-        ("rpc-object", [], {"statusCode": 404, "code": "user-not-found", "message": "nf"}),
-        ("unexpected", [], {"status": "error", "message": "Internal server error"}),
-        ("stream-then-error", [1], {"status": "error", "message": "broken"}),
-        ("nobody", [], NO_HANDLER),
-        ({"cmd": "nobody"}, [], NO_HANDLER),
-        ("null", [], NO_HANDLER),
-    ],
-)
-async def test_nest_gets_our_error_and_no_more_than_it(
-    nest: NestClient, pattern: Any, values: list[Any], error: Any
-) -> None:
-    answer = await nest.send(pattern, {})
-
-    assert answer == Answer(values, error)
-
-
 async def test_nest_is_told_which_field_does_not_fit_our_handler(nest: NestClient) -> None:
     answer = await nest.send({"cmd": "place", "version": 2}, {"lines": [{"quantity": 1}, {"quantity": 0}]})
 
@@ -102,43 +42,10 @@ async def test_nest_is_told_which_field_does_not_fit_our_handler(nest: NestClien
     assert [error["pointer"] for error in answer.error["errors"]] == ["/lines/1/quantity"]
 
 
-@pytest.mark.parametrize(
-    ("pattern", "route"),
-    [
-        ("noted", "noted"),
-        ({"version": 2, "event": "order.placed"}, '{"event":"order.placed","version":2}'),
-    ],
-)
-async def test_our_handler_hears_an_event_of_nest(nest: NestClient, ours: OurServer, pattern: Any, route: str) -> None:
-    answer = await nest.emit(pattern, {"text": "é😀"}, metadata={"tenant": "blue"})
-
-    assert answer == Answer([])
-    assert await asyncio.wait_for(ours.heard.get(), WAIT) == Heard(route, {"text": "é😀"}, {"tenant": "blue"})
-
-
 async def test_an_event_that_none_of_our_handlers_hears_does_no_harm(nest: NestClient) -> None:
     await nest.emit("unheard", {})
 
     assert await nest.send("echo", "still there") == Answer(["still there"])
-
-
-async def test_a_large_payload_goes_from_nest_to_us_and_back(nest: NestClient) -> None:
-    answer = await nest.send("echo", LARGE)
-
-    assert answer == Answer([LARGE])
-
-
-async def test_our_handler_sees_the_metadata_of_nest(nest: NestClient) -> None:
-    answer = await nest.send("metadata", {}, metadata={"tenant": "blüe", "traceparent": "00-1-2-01"})
-
-    assert answer == Answer([{"tenant": "blüe", "traceparent": "00-1-2-01"}])
-
-
-async def test_a_deadline_that_nest_names_ends_our_handler(nest: NestClient) -> None:
-    answer = await nest.send("slow", {"ms": 30_000}, metadata={"deadline": "50"})
-
-    assert answer.values == []
-    assert (answer.error["statusCode"], answer.error["code"]) == (504, "deadline-exceeded")
 
 
 async def test_half_an_emoji_from_nest_costs_no_more_than_itself(nest: NestClient) -> None:
@@ -149,13 +56,13 @@ async def test_half_an_emoji_from_nest_costs_no_more_than_itself(nest: NestClien
 
 async def test_nest_fails_when_our_server_goes_away_and_calls_again_when_it_is_back(node_modules: None) -> None:
     port = free_port()
-    async with nest_client(port) as nest:
-        async with our_server(port):
+    async with nest_client(f"tcp://127.0.0.1:{port}") as nest:
+        async with our_server(f"tcp://127.0.0.1:{port}"):
             pending = asyncio.create_task(nest.send("slow", {"ms": 30_000}))
             await nest.send("echo", "the other call has arrived, too")
         lost = await asyncio.wait_for(pending, WAIT)
 
-        async with our_server(port):
+        async with our_server(f"tcp://127.0.0.1:{port}"):
             again = await nest.send("echo", "again")
 
     assert lost == Answer([], {"name": "Error", "message": "Connection closed"})
@@ -163,7 +70,7 @@ async def test_nest_fails_when_our_server_goes_away_and_calls_again_when_it_is_b
 
 
 async def test_our_server_reads_frames_of_nest_that_break_inside_a_character(ours: OurServer) -> None:
-    async with relay(ours.port) as port, nest_client(port) as nest:
+    async with relay(ours.port) as port, nest_client(f"tcp://127.0.0.1:{port}") as nest:
         answer = await nest.send("echo", "é😀e\u0301" * 8)
 
     assert answer == Answer(["é😀e\u0301" * 8])
@@ -172,39 +79,10 @@ async def test_our_server_reads_frames_of_nest_that_break_inside_a_character(our
 # We call NestJS
 
 
-@pytest.mark.parametrize(
-    ("pattern", "data", "value"),
-    [
-        ({"cmd": "sum"}, [1, 2, 3.5], 6.5),
-        ("echo", {"text": "é😀\u2028", "list": [1, None, True]}, {"text": "é😀\u2028", "list": [1, None, True]}),
-        ("echo", None, None),
-        ("slow", {"ms": 1}, 1),
-        (5, {}, "5"),
-        ({"a": "x", "b": 1}, {}, '{"a":"x","b":1}'),
-        ("first", {}, "first"),
-        ("second", {}, "second"),
-        ({"cmd": "null"}, {}, None),
-        ("nothing", {}, None),
-    ],
-)
-async def test_we_get_one_value_from_a_handler_of_nest(client: Client, pattern: Any, data: Any, value: Any) -> None:
-    answer = await client.send(pattern, data)
-
-    assert answer == value
-
-
 async def test_a_handler_of_nest_is_found_whatever_the_order_of_our_keys(client: Client) -> None:
     answer = await client.send({"b": 1, "a": "x"}, {})
 
     assert json.loads(answer) == {"a": "x", "b": 1}
-
-
-async def test_we_get_each_of_200_concurrent_answers_for_its_own_request(client: Client) -> None:
-    requests = [{"n": n, "text": f"é😀{n}"} for n in range(200)]
-
-    answers = await asyncio.gather(*(client.send("echo", request) for request in requests))
-
-    assert answers == requests
 
 
 async def test_we_get_an_answer_of_nest_in_a_type_of_our_own(client: Client) -> None:
@@ -222,74 +100,10 @@ async def test_an_answer_of_nest_in_another_shape_than_expected_is_refused(clien
     assert (caught.value.status_code, caught.value.code) == (502, "bad-answer")
 
 
-@pytest.mark.parametrize("count", [0, 1, 3, 1000])
-async def test_we_get_every_value_of_a_stream_of_nest_in_order(client: Client, count: int) -> None:
-    values = [value async for value in client.stream("stream", {"count": count})]
-
-    assert values == list(range(count))
-
-
-async def test_we_get_the_values_of_nest_that_come_before_an_error(client: Client) -> None:
-    values = client.stream("stream-then-error", {})
-
-    first = await anext(values)
-
-    assert first == 1
-    with pytest.raises(RpcException, match="broken"):
-        await anext(values)
-
-
-@pytest.mark.parametrize(
-    ("pattern", "status_code", "code", "message"),
-    [
-        ("rpc-text", 500, "rpc-error", "boom"),
-        ("rpc-object", 404, "user-not-found", "nf"),
-        ("unexpected", 500, "internal", "Internal server error"),
-        ("nobody", 502, "no-handler", NO_HANDLER),
-    ],
-)
-async def test_we_get_the_error_of_a_handler_of_nest(
-    client: Client, pattern: str, status_code: int, code: str, message: str
-) -> None:
-    with pytest.raises(RpcException) as caught:
-        await client.send(pattern, {})
-
-    assert (caught.value.status_code, caught.value.code, caught.value.message) == (status_code, code, message)
-
-
-async def test_a_pattern_that_nest_does_not_handle_has_an_error_of_its_own(client: Client) -> None:
-    with pytest.raises(NoHandler):
-        await client.send({"cmd": "nobody"}, {})
-
-
-async def test_a_handler_of_nest_hears_our_event(client: Client) -> None:
-    note = {"text": "é😀", "port": free_port()}
-
-    await client.emit("noted", note)
-
-    async with asyncio.timeout(WAIT):
-        while note not in await client.send("notes", {}):  # Nest may answer before it has heard
-            pass
-
-
 async def test_an_event_that_no_handler_of_nest_hears_does_no_harm(client: Client) -> None:
     await client.emit({"event": "unheard"}, {})
 
     assert await client.send("echo", "still there") == "still there"
-
-
-async def test_a_large_payload_goes_from_us_to_nest_and_back(client: Client) -> None:
-    answer = await client.send("echo", LARGE)
-
-    assert answer == LARGE
-
-
-async def test_nest_sees_our_metadata_and_the_milliseconds_left(client: Client) -> None:
-    seen = await client.send("metadata", {}, metadata={"tenant": "blüe"}, timeout=3)
-
-    deadline = int(seen.pop("deadline"))
-    assert 0 < deadline <= 3000
-    assert seen == {"tenant": "blüe"}
 
 
 async def test_half_an_emoji_in_an_answer_of_nest_costs_no_more_than_itself(client: Client) -> None:
@@ -322,8 +136,8 @@ async def test_a_slow_handler_of_nest_fails_its_own_call_only(client: Client) ->
 
 async def test_pending_calls_fail_when_nest_dies_and_the_next_one_connects_again(node_modules: None) -> None:
     port = free_port()
-    async with our_client(port) as client:
-        async with nest_server(port) as process:
+    async with our_client(f"tcp://127.0.0.1:{port}") as client:
+        async with nest_server(f"tcp://127.0.0.1:{port}") as process:
             await client.send("echo", "connected")
             pending = asyncio.create_task(client.send("slow", {"ms": 30_000}, timeout=30))
             await client.send("echo", "the other call has been sent")
@@ -333,7 +147,7 @@ async def test_pending_calls_fail_when_nest_dies_and_the_next_one_connects_again
 
         with pytest.raises(Unavailable) as refused:
             await client.send("echo", "nobody there")
-        async with nest_server(port):
+        async with nest_server(f"tcp://127.0.0.1:{port}"):
             again = await client.send("echo", "again")
 
     assert refused.value.code == "unavailable"
@@ -341,7 +155,7 @@ async def test_pending_calls_fail_when_nest_dies_and_the_next_one_connects_again
 
 
 async def test_we_read_frames_of_nest_that_break_inside_a_character(nest_port: int) -> None:
-    async with relay(nest_port) as port, our_client(port) as client:
+    async with relay(nest_port) as port, our_client(f"tcp://127.0.0.1:{port}") as client:
         answer = await client.send("echo", "é😀e\u0301" * 8)
 
     assert answer == "é😀e\u0301" * 8

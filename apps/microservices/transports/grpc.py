@@ -491,11 +491,14 @@ class GrpcClient(ClientProxy):
             return self.address.place  # all addresses of a name are found by grpc itself, and found anew
         # Only bare addresses may stand side by side in a target.
         ask = asyncio.get_running_loop().getaddrinfo
-        found = [await ask(host, port, type=socket.SOCK_STREAM) for host, port in self.address.hosts]
-        places = {(family, place[:2]) for of_host in found for family, *_, place in of_host}
-        if all(family == socket.AF_INET6 for family, _ in places):
-            return "ipv6:" + ",".join(f"[{ip}]:{port}" for _, (ip, port) in sorted(places))
-        return "ipv4:" + ",".join(f"{ip}:{port}" for family, (ip, port) in sorted(places) if family == socket.AF_INET)
+        four, six = [], []
+        for host, port in self.address.hosts:
+            for family, *_, place in await ask(host, port, type=socket.SOCK_STREAM):
+                if family == socket.AF_INET:
+                    four.append(f"{place[0]}:{port}")
+                else:
+                    six.append(f"[{place[0]}]:{port}")
+        return f"ipv4:{','.join(four)}" if four else f"ipv6:{','.join(six)}"
 
     def _new_channel(self, where: str) -> grpc.aio.Channel:
         options = self.options

@@ -733,7 +733,7 @@ class RequestContract(Contract):
         def plain() -> int:
             return threading.get_ident()
 
-        @message_pattern("async def")
+        @message_pattern("async-def")
         async def coroutine() -> int:
             return threading.get_ident()
 
@@ -742,7 +742,7 @@ class RequestContract(Contract):
             return threading.get_ident()
 
         async with self.talk(plain, coroutine, inline) as client:
-            threads = [await client.send(pattern) for pattern in ("def", "async def", "inline")]
+            threads = [await client.send(pattern) for pattern in ("def", "async-def", "inline")]
 
         assert [thread == threading.get_ident() for thread in threads] == [False, True, True]
 
