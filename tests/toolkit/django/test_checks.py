@@ -148,6 +148,22 @@ def test_settings_that_cannot_be_read_are_e004_and_stop_no_other_check(
             id="no scheme at all",
         ),
         pytest.param(
+            {"CLIENTS": {"users": {"url": "redis://127.0.0.1?wildcard=true"}}},
+            "MICROSERVICES CLIENTS['users']: redis://127.0.0.1:6379: unknown option 'wildcard'; "
+            "did you mean 'wildcards'?",
+            id="no such option",
+        ),
+        pytest.param(
+            {"SERVERS": {"users": {"url": "tcp://127.0.0.1:3001", "options": {"max_in_flight": 0}}}},
+            "MICROSERVICES SERVERS['users']: tcp://127.0.0.1:3001: Expected `int` >= 1 - at `$.max_in_flight`",
+            id="no such value",
+        ),
+        pytest.param(
+            {"EVENTS_URL": "nats://127.0.0.1", "EVENTS_OPTIONS": {"streams": "events"}},
+            "MICROSERVICES EVENTS_URL: nats://127.0.0.1:4222: unknown option 'streams'; did you mean 'stream'?",
+            id="no such option of the bus",
+        ),
+        pytest.param(
             {"EVENTS_URL": "tcp://127.0.0.1:3001"},
             "MICROSERVICES EVENTS_URL: tcp:// cannot carry events; "
             "use memory://, redis://, rediss://, redis-streams://, rediss-streams://, "

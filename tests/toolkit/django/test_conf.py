@@ -8,7 +8,7 @@ import pytest
 from pytest_django import Settings
 
 from microservices import ConfigurationError
-from microservices.conf import Service, get_settings, load
+from microservices.conf import Service, address, events_address, get_settings, load
 from microservices.telemetry.logging import CallLog
 
 made: list[Made] = []
@@ -112,3 +112,15 @@ def test_a_function_is_taken_as_it_is() -> None:
 def test_a_path_that_leads_nowhere_is_named(path: str) -> None:
     with pytest.raises(ConfigurationError, match=f"MICROSERVICES names {path!r}: "):
         load(path)
+
+
+def test_a_transport_is_told_by_a_dict_what_it_may_be_told_by_a_url() -> None:
+    found = address("tcp://u:1?idle_timeout=5", {"idle_timeout": 7, "max_in_flight": 8})
+
+    assert found.options == {"idle_timeout": "5", "max_in_flight": 8}  # the URL is nearer to whoever operates it
+
+
+def test_the_bus_has_options_of_its_own(settings: Settings) -> None:
+    settings.MICROSERVICES = {"EVENTS_URL": "redis-streams://h", "EVENTS_OPTIONS": {"attempts": 3}}
+
+    assert events_address().options == {"attempts": 3}
