@@ -1,4 +1,4 @@
-"""The service that is measured: what tests/interop/server.js does, in our words. Usage: service.py PORT"""
+"""The service that is measured: what tests/interop/server.js does, in our words. Usage: service.py '{"url": URL}'"""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ async def add_in_task(data: list[int]) -> int:
     return sum(data)
 
 
-async def main(port: int) -> None:
+async def main(url: str) -> None:
     dispatcher = Dispatcher("bench", [Handler(add), Handler(add_in_task)], Executor())
-    server = TcpServer(parse(f"tcp://127.0.0.1:{port}"), dispatcher)
+    server = TcpServer(parse(url), dispatcher)
     await server.listen()
     gc.freeze()
     print("ready", flush=True)
@@ -42,4 +42,4 @@ async def main(port: int) -> None:
 
 if __name__ == "__main__":
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(main(int(sys.argv[1])))
+        runner.run(main(msgspec.json.decode(sys.argv[1])["url"]))

@@ -44,7 +44,7 @@ class Peer:
         self.pattern = pattern
         self.port = free_port()
         self._process = subprocess.Popen(
-            [*command, str(self.port)],
+            [*command, json.dumps({"url": f"tcp://127.0.0.1:{self.port}"})],
             cwd=ROOT / "tests" / "interop",
             env={**os.environ, "NODE_ENV": "production"},
             stdin=subprocess.PIPE,
@@ -154,7 +154,7 @@ def main() -> None:
     os.sched_setaffinity(0, {LAST_CORE})
 
     node = subprocess.run(["node", "--version"], capture_output=True, text=True, check=True).stdout.strip()
-    versions = json.loads((ROOT / "tests/interop/package.json").read_text())["dependencies"]
+    versions = json.loads((ROOT / "tests/interop/nest12/package.json").read_text())["dependencies"]
     nest = versions["@nestjs/microservices"]
     print(f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}", end="; ")
     print(f"Python {platform.python_version()}, uvloop {uvloop.__version__}; Node {node}, NestJS {nest}")
@@ -164,7 +164,7 @@ def main() -> None:
     peers: list[Peer] = []
     try:
         for name, command, pattern in (
-            (f"NestJS {nest}", ["node", "server.js"], "sum"),
+            (f"NestJS {nest}", ["node", "--import", "./versions.js", "server.js"], "sum"),
             ("ours, inline handler", service, "sum"),
             ("ours, async handler", service, "sum_in_task"),
         ):

