@@ -7,7 +7,6 @@ import logging
 import os
 import random
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import suppress
 from contextvars import Context
@@ -30,6 +29,7 @@ from ..exceptions import (
 from ..handlers import Delivery
 from ..packets import Event, Packet, Reply, Request, Response
 from . import Address, Count, Seconds, fill, load_codec, read_options
+from .answers import END, Call, Stream
 
 logger = logging.getLogger("microservices.transports")
 
@@ -283,7 +283,7 @@ class ClientProxy(Peer):
         self._opening: asyncio.Task[None] | None = None
         self._failure = ""
         self._was_connected = False
-        self._pending: dict[str, _Call | _Stream] = {}
+        self._pending: dict[str, Call | Stream] = {}
         # Unique across processes, so that one id finds a call in the logs of both sides.
         self._prefix = os.urandom(self.id_bytes).hex()
         self._count = 0
@@ -382,7 +382,7 @@ class ClientProxy(Peer):
         Raises RpcException: the handler's error, NoHandler, Unavailable or DeadlineExceeded.
         """
         await self._until_ready(context)
-        call = _Call(asyncio.get_running_loop().create_future())
+        call = Call(asyncio.get_running_loop().create_future())
         timer = self._give_up_at_deadline(call, context)
         context.id = id = self._enter(call)
         try:
@@ -405,7 +405,7 @@ class ClientProxy(Peer):
         Raises as `send`, also when the values are taken too slowly for the bounded buffer.
         """
         await self._until_ready(context)
-        inbox = _Stream(self.max_buffered_values)
+        inbox = Stream(self.max_buffered_values)
         context.id = id = self._enter(inbox)
         try:
             await self.publish(self._request(data, context, id), context)
@@ -416,7 +416,7 @@ class ClientProxy(Peer):
                         value = await inbox.get()
                 except TimeoutError:
                     raise DeadlineExceeded() from None
-                if value is _END:
+                if value is END:
                     return
                 yield value
         finally:
@@ -479,7 +479,7 @@ class ClientProxy(Peer):
         except TimeoutError:
             raise DeadlineExceeded(f"{self.service} did not take the call in time.") from None
 
-    def _enter(self, waiting: _Call | _Stream) -> str:
+    def _enter(self, waiting: Call | Stream) -> str:
         self._count += 1
         id = f"{self._prefix}{self._count:x}"
         self._pending[id] = waiting
@@ -492,83 +492,9 @@ class ClientProxy(Peer):
             metadata = {**metadata, "deadline": str(int(remaining * 1000))}
         return Request(context.raw_pattern, data, metadata or UNSET, id)
 
-    def _give_up_at_deadline(self, call: _Call, context: RpcContext) -> asyncio.TimerHandle | None:
+    def _give_up_at_deadline(self, call: Call, context: RpcContext) -> asyncio.TimerHandle | None:
         remaining = context.remaining()
         if remaining is None:
             return None
         error = DeadlineExceeded(f"{self.service} did not answer in time.")
         return asyncio.get_running_loop().call_later(remaining, call.fail, error)
-
-
-class _Call:
-    """One request for one value."""
-
-    __slots__ = ("future",)
-
-    def __init__(self, future: asyncio.Future[Raw | None]) -> None:
-        self.future = future
-
-    def take(self, value: Raw) -> None:
-        if not self.future.done():
-            self.future.set_result(value)
-
-    def end(self) -> None:
-        if not self.future.done():
-            self.future.set_result(None)
-
-    def fail(self, error: RpcException) -> None:
-        if not self.future.done():
-            self.future.set_exception(error)
-
-
-_END = object()
-
-
-class _Stream:
-    """The values of one request, waiting to be taken; never more than `limit`."""
-
-    __slots__ = ("_limit", "_room", "_values", "_wake")
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._values: deque[Any] = deque()
-        self._wake = asyncio.Event()
-        self._room: asyncio.Future[None] | None = None
-
-    async def get(self) -> Any:
-        while not self._values:
-            self._wake.clear()
-            await self._wake.wait()
-        value = self._values.popleft()
-        if self._room is not None and len(self._values) <= self._limit // 4:
-            self.open()
-        if isinstance(value, RpcException):
-            raise value
-        return value
-
-    def take(self, value: Raw) -> asyncio.Future[None] | None:
-        if len(self._values) >= self._limit:
-            overflow = {"statusCode": 500, "code": "stream-overflow", "message": "The values came too fast."}
-            self._values.clear()
-            self.fail(RpcException(overflow))
-            return None
-        self._put(value)
-        if len(self._values) >= self._limit // 2 and self._room is None:
-            self._room = asyncio.get_running_loop().create_future()
-        return self._room
-
-    def end(self) -> None:
-        self._put(_END)
-
-    def fail(self, error: RpcException) -> None:
-        self._put(error)
-
-    def open(self) -> None:
-        """Let a sender that was held back go on."""
-        room, self._room = self._room, None
-        if room is not None and not room.done():
-            room.set_result(None)
-
-    def _put(self, value: Any) -> None:
-        self._values.append(value)
-        self._wake.set()
