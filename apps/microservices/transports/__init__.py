@@ -165,7 +165,7 @@ def parse(url: str) -> Address:
         raise ConfigurationError(f"{url!r} must name a host and a port, as in {parts.scheme}://127.0.0.1:3001.")
     user, _, password = (unquote(part) for part in credentials.partition(":"))
     (host, port), *others = ((host or ("localhost" if transport.broker else ""), port) for host, port in places)
-    options = dict(parse_qsl(parts.query))
+    options = dict(parse_qsl(parts.query, keep_blank_values=True))
     return Address(parts.scheme, host, port, options, user, password, parts.path, tuple(others))
 
 

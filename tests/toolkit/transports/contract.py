@@ -707,6 +707,7 @@ class RequestContract(Contract):
             await asyncio.to_thread(only_thread_is_taken.wait, PATIENCE)
             with pytest.raises(DeadlineExceeded):
                 await client.send("note", 1, timeout=0.05)
+            await asyncio.sleep(0.05)  # a server counts from when the call arrived
             gate.set()
             await blocked
             await client.send("note", 2)
