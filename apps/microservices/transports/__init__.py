@@ -60,16 +60,17 @@ _STREAMS = msgspec.structs.replace(
 )
 
 
-def _broker(module: str, name: str, port: int) -> Transport:
+def _broker(module: str, name: str, port: int, events: str = "", extra: str = "") -> Transport:
+    events = events or module
     return Transport(
         server=f"{_HERE}.{module}.{name}Server",
         client=f"{_HERE}.{module}.{name}Client",
-        bus=f"{_HERE}.{module}.{name}Bus",
-        listener=f"{_HERE}.{module}.{name}Listener",
+        bus=f"{_HERE}.{events}.{name}Bus",
+        listener=f"{_HERE}.{events}.{name}Listener",
         broker=True,
         several=True,
         port=port,
-        extra=module,
+        extra=extra,
     )
 
 
@@ -81,12 +82,12 @@ SCHEMES = {
     "rediss": _REDIS,
     "redis-streams": _STREAMS,
     "rediss-streams": _STREAMS,
-    "nats": _broker("nats", "Nats", 4222),
-    "mqtt": _broker("mqtt", "Mqtt", 1883),
-    "mqtts": _broker("mqtt", "Mqtt", 8883),
-    "amqp": _broker("rmq", "Rmq", 5672),
-    "amqps": _broker("rmq", "Rmq", 5671),
-    "kafka": _broker("kafka", "Kafka", 9092),
+    "nats": _broker("nats", "Nats", 4222, extra="nats"),
+    "mqtt": _broker("mqtt", "Mqtt", 1883, "mqtt_events"),
+    "mqtts": _broker("mqtt", "Mqtt", 8883, "mqtt_events"),
+    "amqp": _broker("rmq", "Rmq", 5672, extra="rmq"),
+    "amqps": _broker("rmq", "Rmq", 5671, extra="rmq"),
+    "kafka": _broker("kafka", "Kafka", 9092, extra="kafka"),
     "grpc": _GRPC,
     "grpcs": _GRPC,
 }

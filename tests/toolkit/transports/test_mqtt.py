@@ -27,7 +27,10 @@ from microservices.exceptions import (
 from microservices.handlers import event_pattern, message_pattern
 from microservices.transports import mqtt, parse
 from microservices.transports.base import ClientProxy, Status
-from microservices.transports.mqtt import MqttBus, MqttClient, MqttConnection, MqttListener, MqttServer, Options
+from microservices.transports.mqtt import MqttClient, MqttServer, Options
+from microservices.transports.mqtt_connection import MqttConnection, ignore, open_connection
+from microservices.transports.mqtt_events import MqttBus, MqttListener
+from microservices.transports.mqtt_packets import Message
 from tests.brokers import Mosquitto
 from tests.toolkit.conftest import service
 from tests.toolkit.transports.certificates import Authority
@@ -41,6 +44,8 @@ from tests.toolkit.transports.contract import (
     hearing,
 )
 from tests.toolkit.transports.wire import Wire, listener, until
+
+EXAMPLES = Path(__file__).parents[3] / "docs" / "examples"
 
 
 class TestMqtt(TransportContract):
@@ -693,6 +698,40 @@ async def test_a_broker_that_falls_silent_costs_no_more_than_the_deadline(verb: 
 
 
 @pytest.mark.asyncio
+async def test_a_broker_that_takes_no_answers_brings_no_more_requests() -> None:
+    requests, running = 300, 0
+    go_on = asyncio.Event()
+    answers = bytearray()
+
+    @message_pattern("large")
+    async def large() -> str:
+        nonlocal running
+        running += 1
+        return "x" * 100_000
+
+    async def talk(wire: Wire) -> None:
+        await wire.reader.read(1000)
+        await wire.say(b"\x20\2\0\0")
+        await wire.reader.read(1000)
+        wire.stop_reading()
+        await wire.say(b"\x90\3\0\1\0")
+        for id in range(requests):
+            await wire.say(_packet(0x30, b"\0\5large" + b'{"pattern":"large","id":"%d"}' % id))
+        await go_on.wait()
+        wire.go_on_reading()
+        while data := await wire.reader.read(1_000_000):
+            answers.extend(data)
+
+    async with listener(talk) as port, serving(f"mqtt://127.0.0.1:{port}?max_in_flight=5", large) as server:
+        await until(lambda: server.unwrap()[0]._held and not server.full)
+        meanwhile = running
+        go_on.set()
+        await until(lambda: answers.count(b'"isDisposed":true') == requests)
+
+    assert 0 < meanwhile < requests
+
+
+@pytest.mark.asyncio
 async def test_a_broker_that_says_nothing_any_more_counts_as_lost() -> None:
     async def silent(wire: Wire) -> None:
         await wire.say(b"\x20\2\0\0")
@@ -748,7 +787,7 @@ async def test_packets_may_come_in_any_pieces() -> None:
     heard: list[Any] = []
 
     for size in (1, 2, 3, 7, 200, len(packets)):
-        connection = MqttConnection(Options(), lambda _, message: heard.append(message.payload), int, mqtt.ignore)
+        connection = MqttConnection(Options(), lambda _, message: heard.append(message.payload))
         transport = _Transport()
         connection.connection_made(transport)
         for at in range(0, len(packets), size):
@@ -756,6 +795,31 @@ async def test_packets_may_come_in_any_pieces() -> None:
 
     assert len(heard) == 18
     assert {len(payload) for payload in heard} == {174}
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("qos", [0, 1])
+async def test_what_is_too_large_is_passed_over_in_whatever_pieces_it_comes(qos: int) -> None:
+    small = b"\x30\x08\0\4made{}"
+    large = bytes([0x30 | qos << 1]) + b"\xe0\xa7\x12" + b"\0\4made" + b"\0\7" + b"x" * (300_000 - 8)
+    packets = small + large + small + large * 2 + small
+    options = Options(max_packet=1024)
+
+    for size in (1000, 5000, 65_000, 299_999, 300_000, 650_000, len(packets)):
+        heard: list[bytes] = []
+        lost: list[str] = []
+        connection = MqttConnection(options, _noting_payloads(heard), lost.append)
+        connection.connection_made(_Transport())
+        for at in range(0, len(packets), size):
+            connection.data_received(packets[at : at + size])
+
+        assert heard == [b"{}"] * 3
+        assert lost == ["too-large"] * 3
+        assert b"".join(connection._out) == b"\x40\2\0\7" * 3 * qos
+
+
+def _noting_payloads(heard: list[bytes]) -> Callable[[MqttConnection, Message], None]:
+    return lambda _, message: heard.append(message.payload)
 
 
 class _Transport(asyncio.Transport):
@@ -832,6 +896,27 @@ async def test_user_and_password_are_told_to_the_broker_alone(caplog: pytest.Log
     assert rest[:4] == "né-".encode()
     assert rest[16:] == "\0\5shöp".encode() + b"\0\7s3c:ret"
     assert "s3c:ret" not in shown
+
+
+@pytest.mark.asyncio
+async def test_a_codec_of_ones_own_is_spoken_by_both_sides(mqtt_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    heard: asyncio.Queue[Any] = asyncio.Queue()
+    url = f"{mqtt_url}?codec=zipped.Zipped"
+
+    async with serving(url, echo, hearing("made", heard)), calling(url) as client, foreign(mqtt_url) as peer:
+        await peer.subscribe("echo")
+        await peer.subscribe("echo/reply")
+        answer = await client.send("echo", {"text": "é" * 1000})
+        await client.emit("made", 1)
+        event = await heard.get()
+        peer.publish("made", '"not compressed"')
+        foreign_event = await heard.get()
+        bodies = [(await peer.heard.get())[1] for _ in range(2)]
+
+    assert answer == {"text": "é" * 1000}
+    assert (event[1], foreign_event[1]) == (1, "not compressed")
+    assert all(body.startswith(b"x\x9c") and len(body) < 200 for body in bodies)
 
 
 # Events as a bus
@@ -933,7 +1018,7 @@ async def _forget(url: str) -> None:
     address = parse(url)
     for delivery in ("one", "each"):
         name = f"{address.options['client_id']}-shop-{delivery}"
-        await (await mqtt.open_connection(address, Options(), name, mqtt.ignore)).close()
+        await (await open_connection(address, Options(), name, ignore)).close()
 
 
 @pytest.mark.asyncio
