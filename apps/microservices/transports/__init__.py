@@ -82,7 +82,7 @@ SCHEMES = {
     "rediss": _REDIS,
     "redis-streams": _STREAMS,
     "rediss-streams": _STREAMS,
-    "nats": _broker("nats", "Nats", 4222, extra="nats"),
+    "nats": _broker("nats", "Nats", 4222, "nats_events", "nats"),
     "mqtt": _broker("mqtt", "Mqtt", 1883, "mqtt_events"),
     "mqtts": _broker("mqtt", "Mqtt", 8883, "mqtt_events"),
     "amqp": _broker("rmq", "Rmq", 5672, extra="rmq"),
