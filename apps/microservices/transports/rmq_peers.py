@@ -1,0 +1,79 @@
+"""Both ends of RabbitMQ, a server and a client, with one connection each."""
+
+from __future__ import annotations
+
+import asyncio
+from abc import abstractmethod
+
+from ..exceptions import Unavailable
+from .amqp import Channel, Connection, open_connection
+from .base import BrokerServer, ClientProxy, Peer
+
+
+class AmqpPeer(Peer):
+    """One end, and its connection."""
+
+    _connection: Connection | None = None
+
+    @abstractmethod
+    async def set_up(self, connection: Connection) -> None:
+        """Declare what is needed, and consume."""
+
+    async def disconnect(self) -> None:
+        """Let go of the connection, if there is one."""
+        if self._connection is not None:
+            await self._connection.close()
+
+    def unwrap(self) -> Connection | None:
+        return self._connection
+
+
+class AmqpServer(AmqpPeer, BrokerServer):
+    """A server, whose connection BrokerServer keeps up."""
+
+    async def subscribe(self) -> None:
+        self._connection = await open_connection(self.address, self.options, self.dispatcher.service, self.set_up)
+
+    async def until_lost(self) -> str:
+        return "" if self._connection is None else await asyncio.shield(self._connection.ended)
+
+    async def unsubscribe(self) -> None:
+        if self._connection is not None:
+            await self._connection.cancel()
+
+
+class AmqpProxy(AmqpPeer, ClientProxy):
+    """A client, whose connection is opened when first used and again after a loss."""
+
+    _confirming: Channel
+
+    def ready(self) -> bool:
+        return self._connection is not None and self._connection.congestion() is None
+
+    async def connect(self) -> None:
+        await super().connect()
+        congestion = self.live().congestion()
+        if congestion is not None:
+            await asyncio.shield(congestion)
+
+    async def open(self) -> None:
+        name = f"client of {self.service}"
+        connection = await open_connection(self.address, self.options, name, self._set_up)
+        self._connection = connection
+        connection.ended.add_done_callback(self._lost)
+
+    def live(self) -> Connection:
+        """Return the connection. Raises Unavailable where it is gone."""
+        if self._connection is None:
+            raise Unavailable("RabbitMQ ended the connection before the message was sent.")
+        return self._connection
+
+    async def _set_up(self, connection: Connection) -> None:
+        self._confirming = await connection.channel()
+        await self._confirming.confirm()
+        await self.set_up(connection)
+
+    def _lost(self, _: asyncio.Future[str]) -> None:
+        gone = self.live().gone()
+        self._connection = None
+        self.lost(gone.message)
