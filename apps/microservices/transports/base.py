@@ -7,7 +7,7 @@ import logging
 import os
 import random
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Mapping
 from contextlib import suppress
 from contextvars import Context
 from enum import StrEnum
@@ -316,19 +316,25 @@ class ClientProxy(Peer):
 
     def ready(self) -> bool:
         """Return whether a message can be handed over at once, without `connect`."""
-        return self.status is Status.CONNECTED
+        return self.status is Status.CONNECTED and self.congestion() is None
+
+    def congestion(self) -> Awaitable[None] | None:
+        """Return what to wait for while the peer takes nothing more; None while it does."""
+        return None
 
     # What every transport is given
 
     async def connect(self) -> None:
         """Return when a message can be handed over; all who wait share one attempt. Raises Unavailable."""
-        if self.status is Status.CONNECTED:
-            return
-        if self._opening is None:
-            # It belongs to none of those who wait: neither their context nor their cancellation is its own.
-            self._opening = asyncio.get_running_loop().create_task(self._connect(), context=Context())
-        await asyncio.wait([self._opening])
-        self._check_connected()
+        if self.status is not Status.CONNECTED:
+            if self._opening is None:
+                # It belongs to none of those who wait: neither their context nor their cancellation is its own.
+                self._opening = asyncio.get_running_loop().create_task(self._connect(), context=Context())
+            await asyncio.wait([self._opening])
+            self._check_connected()
+        congestion = self.congestion()
+        if congestion is not None:
+            await asyncio.shield(congestion)
 
     def lost(self, reason: str) -> None:
         """Fail all pending calls at once: the connection is gone. The next call connects again."""

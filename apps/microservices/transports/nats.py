@@ -179,13 +179,8 @@ class NatsClient(ClientProxy):
         self._connection: NatsConnection | None = None
         self._known: set[str] = set()
 
-    def ready(self) -> bool:
-        return super().ready() and self.live().congestion() is None
-
-    async def connect(self) -> None:
-        await super().connect()
-        while (congestion := self.live().congestion()) is not None:
-            await congestion
+    def congestion(self) -> asyncio.Future[None] | None:
+        return None if self._connection is None else self._connection.congestion()
 
     async def open(self) -> None:
         await self.disconnect()  # from what is left of the last one

@@ -273,14 +273,8 @@ class RedisProxy(ClientProxy):
         super().__init__(address, service)
         self._connection: RespConnection | None = None
 
-    def ready(self) -> bool:
-        return self._connection is not None and self._connection.congestion() is None
-
-    async def connect(self) -> None:
-        await super().connect()
-        congestion = self.live().congestion()
-        if congestion is not None:
-            await asyncio.shield(congestion)
+    def congestion(self) -> asyncio.Future[None] | None:
+        return None if self._connection is None else self._connection.congestion()
 
     async def open(self) -> None:
         connection = await open_connection(self.address, self.options, self.on_push)

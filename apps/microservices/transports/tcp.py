@@ -293,14 +293,8 @@ class TcpClient(ClientProxy):
         self._connection: _ClientConnection | None = None
         self._streams: set[_StreamClient] = set()
 
-    def ready(self) -> bool:
-        return self._connection is not None and self._connection.congestion() is None
-
-    async def connect(self) -> None:
-        await super().connect()
-        congestion = self._connection.congestion() if self._connection is not None else None
-        if congestion is not None:
-            await asyncio.shield(congestion)
+    def congestion(self) -> asyncio.Future[None] | None:
+        return None if self._connection is None else self._connection.congestion()
 
     async def open(self) -> None:
         context = self.options.client_context() if self.address.scheme == "tcps" else None

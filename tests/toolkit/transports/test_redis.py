@@ -429,7 +429,7 @@ async def test_a_server_that_starts_before_redis_listens_as_soon_as_it_is_there(
 ) -> None:
     own_redis.stop()
 
-    async with serving(own_redis.url, echo, options="?connect_timeout=0.05") as server:
+    async with serving(own_redis.url, echo, options="?connect_timeout=0.5") as server:
         before = server.status
         own_redis.start()
         await until(lambda: server.status is Status.CONNECTED)
