@@ -38,22 +38,31 @@ class OrdersController {
   findOne() { return order(this.cancelled); }
 }
 
-function answer({ text }) {
-  if (text === 'broken') {
-    throw new RpcException({ code: 3, message: 'broken' });
+// What is empty does not arrive.
+function answer({ text = '' }) {
+  switch (text) {
+    case 'broken': throw new RpcException({ code: 3, message: 'broken' });
+    case 'text': throw new RpcException('boom');
+    case 'bug': throw new Error('secret');
+    default: return { text: `re: ${text}` };
   }
-  return { text: `re: ${text}` };
 }
 
 class TalkController {
-  say(line) { return answer(line); }
-  count({ count }) { return range(1, count).pipe(map((number) => ({ text: `${number}` }))); }
+  say(line, metadata) {
+    switch (line.text) {
+      case 'slow': return NEVER;
+      case 'metadata': return { text: `${metadata.get('trace-id')}` };
+      default: return answer(line);
+    }
+  }
+  count({ count = 0 }) { return range(1, count).pipe(map((number) => ({ text: `${number}` }))); }
   // An async function that awaits the last line never gets the first.
   collect(lines) {
     const summary = { lines: 0, text: '' };
-    return lines.pipe(reduce((sum, { text }) => ({ lines: sum.lines + 1, text: sum.text + text }), summary));
+    return lines.pipe(reduce((sum, { text = '' }) => ({ lines: sum.lines + 1, text: sum.text + text }), summary));
   }
-  chat(lines) { return lines.pipe(map(answer)); }
+  chat(lines) { return lines.pipe(map((line) => answer(line))); }
 }
 
 function provide(controller, service, methods) {

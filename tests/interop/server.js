@@ -32,6 +32,7 @@ class PeerController {
   note(payload) { this.stored.push(payload); }
   noteOrder(payload) { this.stored.push({ order: payload }); }
   noteLogged(payload, context) { this.stored.push({ channel: channelOf(context), data: payload }); }
+  answerAsked(payload, context) { return { channel: channelOf(context), data: payload }; }
   notes() { return this.stored; }
   who() { return this.name; }
 }
@@ -92,7 +93,8 @@ const KAFKA_REQUESTS = {
   ...REQUESTS, sum: 'sum', answerNull: 'answer-null', patternText: 'five', patternTextOfObject: 'object',
 };
 
-const WILDCARDS = { redis: 'logged.*', nats: 'logged.*', mqtt: 'logged/+', amqp: 'logged.*' };
+// Behind a name, any one word.
+const WILDCARDS = { redis: '.*', nats: '.*', mqtt: '/+', amqp: '.*' };
 
 const textOf = (pattern) => (
   typeof pattern === 'object' ? JSON.stringify(pattern, Object.keys(pattern).sort()) : `${pattern}`
@@ -133,7 +135,11 @@ export async function startServer({ url, options = {}, name, share }) {
     }
   };
   declare(MessagePattern, scheme === 'kafka' ? KAFKA_REQUESTS : REQUESTS);
-  declare(EventPattern, scheme in WILDCARDS ? { ...EVENTS, noteLogged: WILDCARDS[scheme] } : EVENTS);
+  declare(EventPattern, EVENTS);
+  if (scheme in WILDCARDS) {
+    declare(MessagePattern, { answerAsked: `asked${WILDCARDS[scheme]}` });
+    declare(EventPattern, { noteLogged: `logged${WILDCARDS[scheme]}` });
+  }
   decorate(PeerController, decorators);
   prototype.name = name;
   return listen([PeerController], { url, options });

@@ -39,10 +39,13 @@ class Table:
     def __init__(self) -> None:
         self._passed: dict[Place, list[bool]] = {}
         self._skipped: dict[Place, str] = {}
+        self._files: set[Path] = set()
 
     def note(self, item: pytest.Item, report: pytest.TestReport) -> None:
         """Take the outcome of a test that is marked with its case."""
         places = list(_places(item))
+        if places:
+            self._files.add(item.path)
         if report.when == "call" and report.outcome != "skipped":
             for place in places:
                 self._passed.setdefault(place, []).append(report.passed)
@@ -54,9 +57,11 @@ class Table:
                 self._passed.setdefault(place, []).append(False)
 
     def write(self) -> None:
-        """Write the page, if all transports and versions were in the run."""
+        """Write the page, if all transports and versions were in the run, and all files that know of them."""
         places = [*self._passed, *self._skipped]
         if {place.scheme for place in places} != set(NAMES) or {place.version for place in places} != set(VERSIONS):
+            return
+        if self._files != {path for path in HERE.glob("test_*.py") if "mark.case(" in path.read_text(encoding="utf-8")}:
             return
         text = self._text()
         if not PAGE.exists() or PAGE.read_text(encoding="utf-8") != text:

@@ -3,11 +3,12 @@
 import json
 import math
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from msgspec import UNSET
 
@@ -86,6 +87,71 @@ def test_the_order_of_keys_makes_no_difference() -> None:
     routes = {route(dict.fromkeys(order, 1)) for order in (keys, keys[::-1], sorted(keys))}
 
     assert routes == {'{"_a":1,"10":1,"9":1,"a b":1,"cmd":1,"Cmd":1,"version":1}'}
+
+
+# The order of keys, by the rules of nest-wire.md section 2
+
+PRINTABLE = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=8)
+PUNCTUATION = " _-,;:!?.'\"()[]{}@*/\\&#%`^+<=>|~$"
+DIGITS = "0123456789"
+LETTERS = "aAbBcCxXyYzZ"
+
+
+def first(*keys: str) -> str:
+    """Return which of different keys comes first in a route."""
+    return str(next(iter(json.loads(str(route(dict.fromkeys(keys, 0)))))))
+
+
+@given(st.lists(PRINTABLE, max_size=20, unique=True), st.randoms(use_true_random=False))
+@settings(derandomize=True, max_examples=300, deadline=None)
+def test_shuffled_keys_give_the_same_route(keys: list[str], source: Random) -> None:
+    values = {key: number for number, key in enumerate(keys)}
+
+    assert route({key: values[key] for key in source.sample(keys, len(keys))}) == route(values)
+
+
+@given(PRINTABLE, PRINTABLE, PRINTABLE)
+@settings(derandomize=True, max_examples=500, deadline=None)
+def test_keys_are_in_one_order_whatever_stands_beside_them(one: str, two: str, three: str) -> None:
+    assume(len({one, two, three}) == 3)
+    least = first(one, two, three)
+
+    for pair in ((one, two), (two, three), (one, three)):
+        assert first(*pair) == first(*reversed(pair))
+        if least in pair:
+            assert first(*pair) == least
+
+
+@given(PRINTABLE, PRINTABLE.filter(bool))
+@settings(derandomize=True, max_examples=300, deadline=None)
+def test_what_a_key_begins_with_comes_before_it(key: str, rest: str) -> None:
+    assert first(key + rest, key) == key
+
+
+@given(PRINTABLE, PRINTABLE)
+@settings(derandomize=True, max_examples=300, deadline=None)
+def test_of_keys_that_differ_in_case_alone_lower_comes_before_upper(start: str, end: str) -> None:
+    lower, upper = start + "k" + end.lower(), start + "K" + end.upper()
+
+    assert first(upper, lower) == lower
+    assert first(start + "K" + end.lower(), start + "k" + end.upper()) == start + "k" + end.upper()
+
+
+@given(
+    PRINTABLE,
+    st.sampled_from(PUNCTUATION),
+    st.sampled_from(DIGITS),
+    st.sampled_from(LETTERS),
+    st.lists(PRINTABLE, min_size=3, max_size=3),
+)
+@settings(derandomize=True, max_examples=500, deadline=None)
+def test_punctuation_comes_before_digits_and_these_before_letters(
+    start: str, mark: str, digit: str, letter: str, ends: list[str]
+) -> None:
+    marked, numbered, lettered = (start + char + end for char, end in zip((mark, digit, letter), ends, strict=True))
+
+    assert first(lettered, numbered, marked) == marked
+    assert first(lettered, numbered) == numbered
 
 
 # Numbers, by the rules of ECMA-262 (Number::toString)

@@ -60,13 +60,12 @@ _STREAMS = msgspec.structs.replace(
 )
 
 
-def _broker(module: str, name: str, port: int, events: str = "", extra: str = "") -> Transport:
-    events = events or module
+def _broker(module: str, name: str, port: int, extra: str = "") -> Transport:
     return Transport(
         server=f"{_HERE}.{module}.{name}Server",
         client=f"{_HERE}.{module}.{name}Client",
-        bus=f"{_HERE}.{events}.{name}Bus",
-        listener=f"{_HERE}.{events}.{name}Listener",
+        bus=f"{_HERE}.{module}_events.{name}Bus",
+        listener=f"{_HERE}.{module}_events.{name}Listener",
         broker=True,
         several=True,
         port=port,
@@ -82,12 +81,12 @@ SCHEMES = {
     "rediss": _REDIS,
     "redis-streams": _STREAMS,
     "rediss-streams": _STREAMS,
-    "nats": _broker("nats", "Nats", 4222, "nats_events", "nats"),
-    "mqtt": _broker("mqtt", "Mqtt", 1883, "mqtt_events"),
-    "mqtts": _broker("mqtt", "Mqtt", 8883, "mqtt_events"),
-    "amqp": _broker("rmq", "Rmq", 5672, "rmq_events", "rmq"),
-    "amqps": _broker("rmq", "Rmq", 5671, "rmq_events", "rmq"),
-    "kafka": _broker("kafka", "Kafka", 9092, extra="kafka"),
+    "nats": _broker("nats", "Nats", 4222, "nats"),
+    "mqtt": _broker("mqtt", "Mqtt", 1883),
+    "mqtts": _broker("mqtt", "Mqtt", 8883),
+    "amqp": _broker("rmq", "Rmq", 5672, "rmq"),
+    "amqps": _broker("rmq", "Rmq", 5671, "rmq"),
+    "kafka": _broker("kafka", "Kafka", 9092, "kafka"),
     "grpc": _GRPC,
     "grpcs": _GRPC,
 }

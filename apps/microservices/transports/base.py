@@ -198,6 +198,7 @@ class BrokerServer(Server):
         self.connected = asyncio.Event()
         """Set while messages come."""
         self._keeping: asyncio.Task[None] | None = None
+        self._closing = False
 
     # What a transport does
 
@@ -229,9 +230,11 @@ class BrokerServer(Server):
     async def close(self, grace: float) -> None:
         loop = asyncio.get_running_loop()
         end = loop.time() + grace
-        if self._keeping is not None:
+        self._closing = True
+        while self._keeping is not None and not self._keeping.done():
+            # More than once: a driver may make something else of a cancellation.
             self._keeping.cancel()
-            await asyncio.wait([self._keeping])
+            await asyncio.wait([self._keeping], timeout=1)
         if self.connected.is_set():
             with suppress(RpcException, OSError, TimeoutError):
                 async with asyncio.timeout(max(grace, 0.1)):
@@ -244,7 +247,7 @@ class BrokerServer(Server):
     async def _keep_subscribed(self) -> None:
         self.status = Status.CONNECTING
         delay, told = 0.05, ""
-        while True:
+        while not self._closing:
             try:
                 await self.subscribe()
                 self.status = Status.CONNECTED

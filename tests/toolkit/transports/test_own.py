@@ -107,5 +107,3 @@ def test_a_class_that_is_not_there_is_told_by_its_path(settings: Settings) -> No
 
     with pytest.raises(ConfigurationError, match=r"lines:// names 'lines\.Nothing'"):
         load(parse("lines://127.0.0.1:1"), "server")
-
-
