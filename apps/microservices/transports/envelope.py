@@ -1,4 +1,4 @@
-"""NestJS's packets as the text of a broker's message (nest-wire.md sections 1 and 6)."""
+"""What has come as a broker's message: NestJS's packet, or something of others (nest-wire.md section 6)."""
 
 from __future__ import annotations
 
@@ -9,18 +9,10 @@ from msgspec import UNSET, Raw
 
 from .. import codec
 from ..exceptions import PacketError
-from ..packets import Event, Packet, Request
+from ..packets import Packet
 
 TRACE = ("traceparent", "tracestate")
 """What also travels as headers where a transport has them, for those who know nothing of NestJS's packets."""
-
-
-def encode(packet: Request | Event) -> bytes:
-    """Return a packet's JSON. Raises RpcException where its data has none."""
-    try:
-        return codec.encode(packet)
-    except codec.UNENCODABLE as error:
-        raise codec.not_json(error) from error
 
 
 def read_packet(body: bytes) -> Packet:
