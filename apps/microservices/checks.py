@@ -161,10 +161,13 @@ def _bad_urls(settings: Settings) -> Iterator[checks.CheckMessage]:
             named.append((f"{key}[{name!r}]", place.url, place.options, role))
             if place.grpc:
                 named.append((f"{key}[{name!r}] grpc", place.grpc, conf.NO_OPTIONS, role))
-    for where, url, options, role in named:
+    for where, url, told, role in named:
         try:
-            address = conf.address(url, options)
-            transports.read_options(transports.load(address, role).Options, address)
+            address = conf.address(url, told)
+            options = transports.read_options(transports.load(address, role).Options, address)
+            transport = transports.SCHEMES[address.scheme]
+            if transport.tls:
+                _ = options.server_context() if role == "server" and not transport.broker else options.client_context()
         except ConfigurationError as error:
             yield checks.Error(f"MICROSERVICES {where}: {error}", id="microservices.E006")
 

@@ -109,10 +109,11 @@ class Client:
         DeadlineExceeded; ConfigurationError for options that the transport has not.
         """
         bound = self._bound()
+        decode = self._decoder(returns)
         context = self._context(bound.proxy, pattern, metadata, options)
         context.cap_deadline(self.seconds(timeout))
         result = await bound.send(data, context)
-        return None if result is None else self._decoder(returns)(result)
+        return None if result is None else decode(result)
 
     async def stream(
         self,
@@ -215,6 +216,11 @@ class Client:
     def _decoder(self, returns: Any) -> codec.Decoder:
         decode = self._decoders.get(returns)
         if decode is None:
+            kind = codec.kind_of(returns)
+            if kind is not None and kind.blocking:
+                raise ConfigurationError(
+                    f"returns={returns!r} may ask the database: that is for a `def` handler alone."
+                )
             typed = codec.decoder(Any if returns is None else returns)
 
             def decode(raw: bytes | Raw) -> Any:

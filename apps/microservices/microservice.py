@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache, partial
+from functools import cache
+from typing import Any
 
 from . import conf, transports
 from .conf import get_settings, load
@@ -104,13 +105,19 @@ class Microservice:
 
 
 def _same_broker(one: Address, other: Address) -> bool:
-    return (one.scheme, one.hosts) == (other.scheme, other.hosts)
+    def facts(address: Address) -> tuple[Any, ...]:
+        # A RabbitMQ has virtual hosts; the channels of a Redis are those of all its databases.
+        path = address.path if address.scheme.startswith("amqp") else ""
+        return address.scheme, address.hosts, path, address.options.get("sentinel")
+
+    return facts(one) == facts(other)
 
 
 def _brings(address: Address, events: Address) -> bool:
     """Return whether a server at `address` is what listens to the bus, too."""
     transport = transports.SCHEMES[address.scheme]
-    return _same_broker(address, events) and transport.server == transport.listener
+    alike = address.options.get("codec") == events.options.get("codec")
+    return _same_broker(address, events) and alike and transport.server == transport.listener
 
 
 def services_here() -> list[str]:
@@ -143,7 +150,10 @@ def get_microservice(name: str) -> Microservice:
     middlewares = [load(path) for path in settings.server_middleware]
     dispatcher = Dispatcher(name, registry.of(name), get_executor(), middlewares)
     place = settings.servers.get(name)
-    address = partial(conf.address, options=place.options) if place is not None else conf.address
+
+    def address(url: str) -> Address:
+        return conf.address(url, place.options if place is not None and url == place.url else conf.NO_OPTIONS)
+
     events = conf.events_address()
     bus = None if events.scheme == "memory" else events
     return Microservice(dispatcher, list(_doors(name, dispatcher)), bus, address)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .conf import address, get_settings, proto_options
+from .conf import NO_OPTIONS, address, get_settings, proto_options
 from .exceptions import ConfigurationError
 from .microservice import get_microservice
 from .transports import Address, load
@@ -75,7 +75,7 @@ def where(service: str) -> Address:
     url = place.grpc or (place.url if place.url.startswith("grpc") else "")
     if not url:
         raise ConfigurationError(f"MICROSERVICES['CLIENTS'][{service!r}] has no `grpc` address.")
-    return address(url)
+    return address(url, place.options if url == place.url else NO_OPTIONS)
 
 
 def proto_files() -> Protos:

@@ -22,6 +22,8 @@ class Transport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     listener: str = ""
     broker: bool = False
     """Whether the address is a broker's, which all services may share."""
+    tls: bool = False
+    """Whether it needs what the options of TLS name."""
     names_port: bool = False
     """Whether a URL must name a host and a port."""
     several: bool = False
@@ -73,22 +75,26 @@ def _broker(module: str, name: str, port: int, extra: str = "") -> Transport:
     )
 
 
+def _secure(transport: Transport) -> Transport:
+    return msgspec.structs.replace(transport, tls=True)
+
+
 SCHEMES = {
     "memory": Transport(bus=f"{_HERE}.local.MemoryBus"),
     "tcp": _TCP,
-    "tcps": _TCP,
+    "tcps": _secure(_TCP),
     "redis": _REDIS,
-    "rediss": _REDIS,
+    "rediss": _secure(_REDIS),
     "redis-streams": _STREAMS,
-    "rediss-streams": _STREAMS,
+    "rediss-streams": _secure(_STREAMS),
     "nats": _broker("nats", "Nats", 4222, "nats"),
     "mqtt": _broker("mqtt", "Mqtt", 1883),
-    "mqtts": _broker("mqtt", "Mqtt", 8883),
+    "mqtts": _secure(_broker("mqtt", "Mqtt", 8883)),
     "amqp": _broker("rmq", "Rmq", 5672, "rmq"),
-    "amqps": _broker("rmq", "Rmq", 5671, "rmq"),
+    "amqps": _secure(_broker("rmq", "Rmq", 5671, "rmq")),
     "kafka": _broker("kafka", "Kafka", 9092, "kafka"),
     "grpc": _GRPC,
-    "grpcs": _GRPC,
+    "grpcs": _secure(_GRPC),
 }
 
 _declared: set[str] = set()
@@ -147,8 +153,13 @@ class Address(NamedTuple):
 
 def parse(url: str) -> Address:
     """Split a URL. Raises ConfigurationError for an unknown scheme, naming the nearest, or a bad port."""
-    parts = urlsplit(url)
-    url = url.replace(f"{parts.netloc.rpartition('@')[0]}@", "***@")  # in an error it is for people and logs, too
+    whole = url
+    if "@" in url:  # in an error it is for people and logs, too
+        url = f"{url.partition('://')[0]}://***@{url.rpartition('@')[2]}"
+    try:
+        parts = urlsplit(whole)
+    except ValueError as error:
+        raise ConfigurationError(f"{url!r} is no URL: {error}.") from error
     if parts.scheme not in SCHEMES:
         near = difflib.get_close_matches(parts.scheme, SCHEMES, n=1)
         hint = f" Did you mean {near[0]}://?" if near else f" Known: {', '.join(f'{s}://' for s in SCHEMES)}."
@@ -158,7 +169,11 @@ def parse(url: str) -> Address:
     try:
         places = [_place(part, transport.port) for part in netloc.split(",")]
     except ValueError as error:
-        raise ConfigurationError(f"{url!r}: {error}.") from error
+        # Its text may hold a part of a password that should have been percent-encoded.
+        reason = "no hosts and ports" if "@" in whole else error
+        raise ConfigurationError(f"{url!r}: {reason}.") from None
+    if "@" in credentials and "," in credentials:
+        raise ConfigurationError(f"{url!r}: user and password stand once, before the first host.")
     if len(places) > 1 and not transport.several:
         raise ConfigurationError(f"{url!r} holds several addresses: give one address for each service.")
     if transport.names_port and not all(host and port for host, port in places):
@@ -193,6 +208,9 @@ def load(address: Address, role: Role) -> Any:
         raise ConfigurationError(f"{address.scheme}:// needs {error.name or module}: {needed}") from error
 
 
+_TLS = frozenset({"certfile", "keyfile", "cafile", "server_name"})
+
+
 def load_codec(path: str) -> Any:
     """Make the Codec that a dotted path names. Raises ConfigurationError."""
     module, _, name = path.rpartition(".")
@@ -204,6 +222,11 @@ def load_codec(path: str) -> Any:
 
 def read_options(shape: type[Any], address: Address) -> Any:
     """Fill a transport's options Struct from the URL's query. Raises ConfigurationError for a bad one."""
+    secure = address.scheme.replace("redis-", "rediss-") if "-" in address.scheme else f"{address.scheme}s"
+    if secure in SCHEMES and secure != address.scheme and (told := _TLS & address.options.keys()):
+        raise ConfigurationError(
+            f"{address} is without TLS, and has no use for {', '.join(sorted(told))}: {secure}://?"
+        )
     return fill(shape, address.options, str(address))
 
 

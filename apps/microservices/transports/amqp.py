@@ -462,18 +462,19 @@ SetUp = Callable[[Connection], Awaitable[None]]
 async def open_connection(address: Address, options: AmqpOptions, name: str, set_up: SetUp) -> Connection:
     """Connect to the first host that answers, and set up there. Raises Unavailable, naming RabbitMQ and the reason."""
     failure = Unavailable(f"RabbitMQ cannot be reached at {address}.")
+    patience = options.connect_timeout / len(address.hosts)
     for host, port in address.hosts:
         try:
-            return await _open(address._replace(host=host, port=port, others=()), options, name, set_up)
+            return await _open(address._replace(host=host, port=port, others=()), options, name, set_up, patience)
         except Unavailable as error:
             failure = error
     raise failure
 
 
-async def _open(address: Address, options: AmqpOptions, name: str, set_up: SetUp) -> Connection:
+async def _open(address: Address, options: AmqpOptions, name: str, set_up: SetUp, patience: float) -> Connection:
     context = options.client_context() if address.scheme == "amqps" else None
     try:
-        async with asyncio.timeout(options.connect_timeout):
+        async with asyncio.timeout(patience):
             _, connection = await asyncio.get_running_loop().create_connection(
                 lambda: Connection(address, options.heartbeat, name),
                 address.host,
@@ -489,7 +490,7 @@ async def _open(address: Address, options: AmqpOptions, name: str, set_up: SetUp
                 raise
             return connection
     except TimeoutError:
-        raise Unavailable(f"RabbitMQ at {address} did not answer within {options.connect_timeout:g} s.") from None
+        raise Unavailable(f"RabbitMQ at {address} did not answer within {patience:g} s.") from None
     except RpcException as error:
         raise Unavailable(error.message) from error
     except (OSError, *_NO_AMQP) as error:

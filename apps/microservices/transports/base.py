@@ -254,7 +254,7 @@ class BrokerServer(Server):
                 self.connected.set()
                 delay, told = 0.05, ""
                 reason = await self.until_lost()
-            except (RpcException, OSError, TimeoutError) as error:
+            except (RpcException, ConfigurationError, OSError, TimeoutError) as error:
                 reason = str(error) or "the broker did not answer in time"
             except Exception as error:
                 # It goes on: a server that has ended would be a dead part of a healthy process.
@@ -376,6 +376,8 @@ class ClientProxy(Peer):
             self._was_connected = True
         except Unavailable as error:
             self._failure = error.message
+        except ConfigurationError as error:
+            self._failure = f"{where}: {error}"
         except TimeoutError:
             self._failure = f"{where}: no connection within {self.options.connect_timeout:g} s."
         except (OSError, UnicodeError) as error:  # no name, or one that cannot be a host's

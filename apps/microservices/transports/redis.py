@@ -77,35 +77,39 @@ class RedisServer(BrokerServer):
             self._take(self._connection, pattern, channel, push[3])
 
     def _take(self, connection: RespConnection, pattern: str, channel: str, body: bytes) -> None:
-        answer = _Answer(connection, channel, self.encode)
+        answer = _Answer(connection, channel, self.encode, counted=not self.options.cluster)
         route = self.dispatcher.routes.get(pattern)
         packet = read_packet(self.decode(body))
         task = self.handle(packet, answer, peer=str(self.address), channel=channel, route=route, native=connection)
         if task is not None:
             answer.task = task
-            task.add_done_callback(partial(self._done, connection))
+            task.add_done_callback(self._done)
             if self.full:
                 connection.hold()
 
-    def _done(self, connection: RespConnection, _: asyncio.Task[Any]) -> None:
-        if not self.full:
-            connection.release()
+    def _done(self, _: asyncio.Task[Any]) -> None:
+        # Not the connection that the message came by: there may be another one since, held for this one's sake.
+        if not self.full and self._connection is not None:
+            self._connection.release()
 
 
 class _Answer:
     """Publishes the packets of one answer, as long as anybody listens."""
 
-    __slots__ = ("_channel", "_connection", "_encode", "task")
+    __slots__ = ("_channel", "_connection", "_counted", "_encode", "task")
 
-    def __init__(self, connection: RespConnection, channel: str, encode: Callable[[Response], bytes]) -> None:
+    def __init__(
+        self, connection: RespConnection, channel: str, encode: Callable[[Response], bytes], *, counted: bool
+    ) -> None:
         self._connection = connection
+        self._counted = counted
         self._encode = encode
         self._channel = channel.encode() + _REPLY
         self.task: asyncio.Task[Any] | None = None
 
     def __call__(self, response: Response) -> Awaitable[None] | None:
         body = self._encode(response)
-        if response.is_disposed is UNSET:
+        if response.is_disposed is UNSET and self._counted:
             self._connection.command(b"PUBLISH", self._channel, body).add_done_callback(self._published)
         else:
             self._connection.post(b"PUBLISH", self._channel, body)
@@ -134,9 +138,11 @@ class RedisClient(RedisProxy):
         connection, route = self.live(), context.pattern
         body = self.encode(request)
         sent = partial(self._sent, request.id, route)
-        subscribed = self._channels.get(route)
+        subscribed = self._channels.pop(route, None)
         if subscribed is None:
-            subscribed = self._channels[route] = connection.subscribe(route.encode() + _REPLY)
+            self._make_room(connection)
+            subscribed = connection.subscribe(route.encode() + _REPLY)
+        self._channels[route] = subscribed  # the last one used stands last
         if not subscribed.done():
             # Nobody waits for it: Redis takes the commands of a connection in their order.
             subscribed.add_done_callback(sent)
@@ -157,6 +163,13 @@ class RedisClient(RedisProxy):
 
     def on_lost(self) -> None:
         self._channels.clear()
+
+    def _make_room(self, connection: RespConnection) -> None:
+        # Callers may make names from data, for a server with wildcards. As many as calls may wait are kept.
+        if len(self._channels) >= self.max_pending:
+            oldest = next(iter(self._channels))
+            del self._channels[oldest]
+            connection.command(b"UNSUBSCRIBE", oldest.encode() + _REPLY, pushes=1)
 
     def _sent(self, id: str, route: str, reply: asyncio.Future[int | None]) -> None:
         error = reply.exception()

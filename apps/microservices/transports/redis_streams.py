@@ -180,9 +180,9 @@ class StreamsListener(BrokerServer):
             found = await _answer(self._follower, b"XREAD", b"COUNT", b"%d" % self.options.prefetch, *block, *ids)
             for stream, entries in (found or {}).items():
                 for entry, fields in entries:
+                    self._last[stream] = entry
                     async with self._slots:
                         await self._tell(stream, fields)
-                    self._last[stream] = entry
 
     async def _tell(self, stream: bytes, fields: Any) -> None:
         packet = self._packet(fields)
@@ -192,7 +192,7 @@ class StreamsListener(BrokerServer):
         channel = stream.decode().removeprefix(STREAM)
         task = self.handle(packet, _nobody, peer=str(self.address), channel=channel, delivery="each")
         if task is not None:
-            await task
+            await asyncio.wait([task])  # which goes on, and closing waits for it, when this is cancelled
 
     def _heard(self, delivery: Delivery) -> list[bytes]:
         routes = self.dispatcher.routes

@@ -193,22 +193,23 @@ async def open_connection(address: Address, options: RedisOptions, on_push: Push
     Of several hosts the first that answers is taken; if they are Sentinels, the master that they name.
     """
     failure = Unavailable(f"Redis cannot be reached at {address}.")
+    patience = options.connect_timeout / len(address.hosts)
     for host, port in address.hosts:
         place = address._replace(host=host, port=port, others=())
         try:
             if options.sentinel:
-                place = await _master(place, options)
-            return await _open(place, options, on_push)
+                place = await _master(place, options, patience / 2)
+            return await _open(place, options, on_push, patience / 2 if options.sentinel else patience)
         except Unavailable as error:
             failure = error
     raise failure
 
 
-async def _open(address: Address, options: RedisOptions, on_push: Push) -> RespConnection:
+async def _open(address: Address, options: RedisOptions, on_push: Push, patience: float) -> RespConnection:
     context = options.client_context() if address.scheme.startswith("rediss") else None
     connection: RespConnection | None = None
     try:
-        async with asyncio.timeout(options.connect_timeout):
+        async with asyncio.timeout(patience):
             _, connection = await asyncio.get_running_loop().create_connection(
                 lambda: RespConnection(on_push),
                 address.host,
@@ -224,7 +225,7 @@ async def _open(address: Address, options: RedisOptions, on_push: Push) -> RespC
         if connection is not None:
             connection.transport.abort()
         if isinstance(error, TimeoutError):
-            raise Unavailable(f"Redis at {address} did not answer within {options.connect_timeout:g} s.") from None
+            raise Unavailable(f"Redis at {address} did not answer within {patience:g} s.") from None
         if isinstance(error, OSError | RpcException):
             reason = getattr(error, "strerror", None) or error
             raise Unavailable(f"Redis cannot be reached at {address}: {reason}.") from error
@@ -232,11 +233,11 @@ async def _open(address: Address, options: RedisOptions, on_push: Push) -> RespC
     return connection
 
 
-async def _master(sentinel: Address, options: RedisOptions) -> Address:
+async def _master(sentinel: Address, options: RedisOptions, patience: float) -> Address:
     # Sentinels have passwords of their own, if any, and no databases.
-    connection = await _open(sentinel._replace(path="", username="", password=""), options, ignore)
+    connection = await _open(sentinel._replace(path="", username="", password=""), options, ignore, patience)
     try:
-        async with asyncio.timeout(options.connect_timeout):
+        async with asyncio.timeout(patience):
             found = await connection.command(b"SENTINEL", b"GET-MASTER-ADDR-BY-NAME", options.sentinel.encode())
     except (TimeoutError, RpcException) as error:
         raise Unavailable(f"The Sentinel at {sentinel} did not tell where {options.sentinel} is: {error}") from error

@@ -164,6 +164,12 @@ def test_settings_that_cannot_be_read_are_e004_and_stop_no_other_check(
             id="no such option of the bus",
         ),
         pytest.param(
+            {"CLIENTS": {"users": {"url": "tcps://127.0.0.1:3001?cafile=/no/ca.pem"}}},
+            "MICROSERVICES CLIENTS['users']: TLS cannot be set up with /no/ca.pem: "
+            "[Errno 2] No such file or directory.",
+            id="no certificate",
+        ),
+        pytest.param(
             {"EVENTS_URL": "tcp://127.0.0.1:3001"},
             "MICROSERVICES EVENTS_URL: tcp:// cannot carry events; "
             "use memory://, redis://, rediss://, redis-streams://, rediss-streams://, "

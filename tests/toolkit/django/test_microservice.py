@@ -64,6 +64,14 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Role]]:
         ("nats://h:1", "nats://h:1?stream=events", [("nats", "server"), ("nats", "listener")], [False, True]),
         ("kafka://h:1", "kafka://h:1", [("kafka", "server"), ("kafka", "listener")], [False, True]),
         ("kafka://h:1", "kafka://h:2", [("kafka", "server"), ("kafka", "listener")], [True, True]),
+        ("amqp://h:1/one", "amqp://h:1/other", [("amqp", "server"), ("amqp", "listener")], [True, True]),
+        (
+            "redis://h:1?sentinel=a",
+            "redis://h:1?sentinel=b",
+            [("redis", "server"), ("redis", "listener")],
+            [True, True],
+        ),
+        ("redis://h:1", "redis://h:1?codec=a.B", [("redis", "server"), ("redis", "listener")], [False, True]),
         ("redis://h:1", "redis-streams://h:1", [("redis", "server"), ("redis-streams", "listener")], [True, True]),
     ],
 )

@@ -86,3 +86,31 @@ def test_a_part_that_a_scheme_cannot_play_is_explained() -> None:
         load(parse("memory://"), "server")
     with pytest.raises(ConfigurationError, match="tcp:// cannot carry events; use memory://"):
         load(parse("tcp://127.0.0.1:3001"), "bus")
+
+
+@pytest.mark.parametrize(
+    ("url", "complaint"),
+    [
+        ("redis://[::1", "is no URL: Invalid IPv6 URL"),
+        ("redis://u:p@h1:1,u:p@h2:2", "stand once, before the first host"),
+    ],
+)
+def test_an_odd_url_is_explained(url: str, complaint: str) -> None:
+    with pytest.raises(ConfigurationError, match=complaint):
+        parse(url)
+
+
+@pytest.mark.parametrize("url", ["redis://user:pa/ss@host", "redis://user:pa#ss@host", "redis://user:pa?ss@host"])
+def test_a_password_that_should_be_percent_encoded_is_not_shown(url: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        parse(url)
+
+    assert "pa" not in str(caught.value)
+
+
+@pytest.mark.parametrize("scheme", ["tcp", "redis", "redis-streams", "mqtt", "amqp"])
+def test_files_for_tls_are_refused_where_there_is_none(scheme: str) -> None:
+    address = parse(f"{scheme}://localhost:1?cafile=ca.pem")
+
+    with pytest.raises(ConfigurationError, match="is without TLS, and has no use for cafile"):
+        load(address, "bus" if "-" in scheme else "client")(address, "shop")

@@ -542,6 +542,51 @@ async def test_an_answer_to_a_wildcard_goes_to_the_concrete_channel_and_comes_to
     assert calls == [("users.get", 1), ("users.next", 2)]
 
 
+# Several hosts, and what reconnecting leaves
+
+
+@pytest.mark.asyncio
+async def test_a_host_that_says_nothing_leaves_time_for_the_next_one(own_redis: Valkey) -> None:
+    async def silent(wire: Wire) -> None:
+        await asyncio.Event().wait()
+
+    async with listener(silent) as port:
+        url = f"redis://127.0.0.1:{port},127.0.0.1:{own_redis.port}?connect_timeout=1"
+        async with serving(own_redis.url, echo), calling(url) as client:
+            answer = await client.send("echo", 1, timeout=PATIENCE)
+
+    assert answer == 1
+
+
+@pytest.mark.asyncio
+async def test_a_connection_that_was_held_for_work_of_the_last_one_is_read_again(own_redis: Valkey) -> None:
+    go_on = [asyncio.Event(), asyncio.Event()]
+    started: asyncio.Queue[int] = asyncio.Queue()
+
+    @event_pattern("work")
+    async def work(data: int) -> None:
+        started.put_nowait(data)
+        await go_on[data].wait()
+
+    async with (
+        serving(own_redis.url, work, echo, options="?max_in_flight=1") as server,
+        calling(own_redis.url) as client,
+    ):
+        await client.emit("work", 0)
+        await started.get()
+        server.unwrap().transport.abort()
+        await until(lambda: server.status is not Status.CONNECTED)
+        await until(lambda: server.status is Status.CONNECTED)
+        await client.emit("work", 1)
+        await started.get()
+        go_on[1].set()
+        await until(lambda: len(server._tasks) == 1)
+        go_on[0].set()
+        answer = await client.send("echo", "heard")
+
+    assert answer == "heard"
+
+
 # Sentinels, clusters, TLS
 
 
@@ -587,14 +632,16 @@ async def test_in_a_cluster_all_nodes_carry_the_messages(tmp_path: Path) -> None
                 await asyncio.sleep(0.01)
         heard: asyncio.Queue[Any] = asyncio.Queue()
         async with (
-            serving(f"{one.url}?cluster=true", echo, hearing("made", heard)),
+            serving(f"{one.url}?cluster=true", echo, count, hearing("made", heard)),
             calling(f"{other.url}?cluster=true") as client,
         ):
             answer = await _insist(client)
+            values = [value async for value in client.stream("count", 3)]
             await client.emit("made", 1)
             event = await heard.get()
 
     assert answer == 1
+    assert values == [0, 1, 2]  # nobody on the server's own node listens for them
     assert event[1] == 1
 
 

@@ -693,3 +693,24 @@ async def test_what_a_closing_process_cannot_finish_is_taken_over_without_delay(
 async def test_a_bad_option_is_explained(query: str, complaint: str) -> None:
     with pytest.raises(ConfigurationError, match=complaint):
         StreamsListener(parse(f"redis-streams://127.0.0.1?{query}"), service(echo))
+
+
+@pytest.mark.asyncio
+async def test_closing_lets_an_event_for_each_process_finish(redis: str) -> None:
+    started, go_on, finished = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    @event_pattern("made", delivery="each")
+    async def made() -> None:
+        started.set()
+        await go_on.wait()
+        finished.set()
+
+    async with listening(redis, made) as listener, emitting(redis) as events:
+        await events.emit("made")
+        await started.wait()
+        closing = asyncio.create_task(listener.close(PATIENCE))
+        await asyncio.sleep(0)
+        go_on.set()
+        await closing
+
+    assert finished.is_set()
