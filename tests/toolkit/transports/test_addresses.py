@@ -1,5 +1,9 @@
 """Addresses: which transport, where, with which options."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import msgspec
 import pytest
 
@@ -7,6 +11,8 @@ from microservices.exceptions import ConfigurationError
 from microservices.transports import Address, load, parse, read_options, tcp
 from microservices.transports.local import MemoryBus
 from microservices.transports.tcp import TcpClient, TcpServer
+
+APPS = Path(__file__).parents[3] / "apps"
 
 
 class Options(msgspec.Struct):
@@ -114,3 +120,26 @@ def test_files_for_tls_are_refused_where_there_is_none(scheme: str) -> None:
 
     with pytest.raises(ConfigurationError, match="is without TLS, and has no use for cafile"):
         load(address, "bus" if "-" in scheme else "client")(address, "shop")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "driver", "extra"),
+    [
+        ("redis", "hiredis", "redis"),
+        ("nats", "nats", "nats"),
+        ("amqp", "pamqp", "rmq"),
+        ("kafka", "aiokafka", "kafka"),
+        ("grpc", "grpc", "grpc"),
+    ],
+)
+def test_a_driver_that_is_missing_is_told_with_what_brings_it(scheme: str, driver: str, extra: str) -> None:
+    code = (
+        f"import sys; sys.modules[{driver!r}] = None\n"
+        "from microservices.transports import load, parse\n"
+        f"load(parse('{scheme}://h:1'), 'server')\n"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, cwd=APPS)
+
+    assert f"ConfigurationError: {scheme}:// needs {driver}" in done.stderr
+    assert f"pip install 'django-hybrid-microservices[{extra}]'" in done.stderr
