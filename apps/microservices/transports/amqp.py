@@ -19,6 +19,7 @@ from pamqp.header import ContentHeader, ProtocolHeader
 from ..context import NO_HEADERS
 from ..exceptions import ConnectionLost, RpcException, Unavailable
 from . import Address, Count
+from .flow import FlowProtocol
 from .tls import TlsOptions
 
 logger = logging.getLogger("microservices.amqp")
@@ -265,22 +266,16 @@ class Channel:
                 future.set_exception(Unavailable(f"RabbitMQ at {self.connection.address} refused the message."))
 
 
-class Connection(asyncio.Protocol):
+class Connection(FlowProtocol):
     """Speaks AMQP; `ended` is done, with the reason, when the connection is lost or closed."""
 
-    transport: asyncio.Transport
-
     def __init__(self, address: Address, heartbeat: int, name: str) -> None:
-        self._loop = asyncio.get_running_loop()
+        super().__init__()
         self.address = address
         self.frame_max = _MAX_FRAME
         self._heartbeat = heartbeat
         self._name = name
         self._buffer = b""
-        self._out: list[bytes] = []
-        self._flushing = False
-        self._held = False
-        self._clear: asyncio.Future[None] | None = None
         self._channels: dict[int, Channel] = {}
         self._heard = self._loop.time()
         self._reason = ""
@@ -308,40 +303,11 @@ class Connection(asyncio.Protocol):
         self._buffer += data
         self._read()
 
-    def pause_writing(self) -> None:
-        self._clear = self._clear or self._loop.create_future()
-
-    def resume_writing(self) -> None:
-        clear, self._clear = self._clear, None
-        if clear is not None:
-            clear.set_result(None)
+    def read_on(self) -> None:
+        self._heard = self._loop.time()  # nobody listened meanwhile
+        self._read()
 
     # What its owners use
-
-    def congestion(self) -> asyncio.Future[None] | None:
-        """What to await while the broker takes nothing: it reads too slowly, or is short of memory or disk."""
-        return self._clear
-
-    def hold(self) -> None:
-        """Read nothing more for now."""
-        if not self._held and not self.transport.is_closing():
-            self._held = True
-            self.transport.pause_reading()
-
-    def release(self) -> None:
-        """Read on."""
-        if self._held and not self.transport.is_closing():
-            self._held = False
-            self._heard = self._loop.time()
-            self.transport.resume_reading()
-            self._read()  # what had already come
-
-    def write(self, *parts: bytes) -> None:
-        """Send bytes with the others of this turn of the loop."""
-        self._out += parts
-        if not self._flushing:
-            self._flushing = True
-            self._loop.call_soon(self._flush)
 
     async def channel(self, on_return: Take | None = None) -> Channel:
         """Open one more channel; what no queue takes is given to `on_return`."""
@@ -367,7 +333,7 @@ class Connection(asyncio.Protocol):
     def fail(self, reason: str) -> None:
         """End it for a reason: all that waits for the broker fails with it."""
         self._reason = self._reason or reason
-        self._flush()
+        self.flush()
         self.transport.close()
         self._loop.call_later(_LAST_WORDS, self.transport.abort)  # a broker that reads nothing would keep it open
 
@@ -382,12 +348,6 @@ class Connection(asyncio.Protocol):
         self.transport.abort()
 
     # Inside
-
-    def _flush(self) -> None:
-        self._flushing = False
-        if self._out and not self.transport.is_closing():
-            self.transport.write(b"".join(self._out))
-        self._out.clear()
 
     def _beat(self) -> None:
         if not self._held and self._loop.time() - self._heard > 2 * self._heartbeat:

@@ -11,6 +11,7 @@ from typing import cast
 
 from ..exceptions import FrameError, RpcException
 from ..packets import Event, Request, Response
+from .flow import FlowProtocol
 
 Encode = Callable[[Request | Event | Response], bytes]
 
@@ -116,23 +117,17 @@ class FrameReader:
         return max(self._scanned, lead + width)
 
 
-class FramedConnection(asyncio.Protocol):
+class FramedConnection(FlowProtocol):
     """A connection that cuts what is read, gathers what is written, and holds both within bounds."""
 
-    transport: asyncio.Transport
-
     def __init__(self, max_buffer_size: int, max_send_buffer_size: int, encode: Encode) -> None:
+        super().__init__()
         self._encode = encode
-        self._loop = asyncio.get_running_loop()
         self._frames = FrameReader(max_buffer_size)
         self._max_units = max_buffer_size
         self._max_unsent = max_send_buffer_size
-        self._out: list[bytes] = []
         self._out_size = 0
-        self._flushing = False
         self._pumping = False
-        self._holding = False
-        self._writable: asyncio.Future[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
@@ -169,15 +164,15 @@ class FramedConnection(asyncio.Protocol):
         try:
             for _ in range(FRAMES_PER_TURN):
                 if self.held():
-                    self._hold()
+                    self.hold()
                     break
                 body = self._frames.next()
                 if body is None:
-                    self._release()
+                    self.release()
                     break
                 self.take(body)
             else:
-                self._hold()
+                self.hold()
                 self._loop.call_soon(self.pump)
         except FrameError as error:
             self.refuse(error)
@@ -185,19 +180,9 @@ class FramedConnection(asyncio.Protocol):
             self._pumping = False
             self.flush()
 
-    def _hold(self) -> None:
-        if not self._holding and not self.transport.is_closing():
-            self._holding = True
-            self.transport.pause_reading()
-
-    def _release(self) -> None:
-        if self._holding and not self.transport.is_closing():
-            self._holding = False
-            self.transport.resume_reading()
-
     # Writing
 
-    def write(self, packet: Request | Event | Response) -> None:
+    def put(self, packet: Request | Event | Response) -> None:
         """Put a packet into the next write. Raises RpcException for one that is too large or no JSON."""
         if self.transport.is_closing():
             return
@@ -224,15 +209,6 @@ class FramedConnection(asyncio.Protocol):
             self._out_size = 0
             self.transport.write(data)
 
-    def pause_writing(self) -> None:
-        self._writable = self._loop.create_future()
-
     def resume_writing(self) -> None:
-        writable, self._writable = self._writable, None
-        if writable is not None and not writable.done():
-            writable.set_result(None)
+        super().resume_writing()
         self.pump()
-
-    def congestion(self) -> asyncio.Future[None] | None:
-        """What to await while the peer reads too slowly."""
-        return self._writable

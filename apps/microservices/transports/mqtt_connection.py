@@ -19,6 +19,7 @@ from ..context import NO_HEADERS
 from ..exceptions import ConnectionLost, RpcException, Unavailable
 from . import Address
 from . import mqtt_packets as packets
+from .flow import FlowProtocol
 from .mqtt_packets import Message, explain
 from .tls import TlsOptions
 
@@ -55,26 +56,20 @@ def ignore(*_: Any) -> None:
     """Take no notice."""
 
 
-class MqttConnection(asyncio.Protocol):
+class MqttConnection(FlowProtocol):
     """Speaks MQTT: messages to the one who hears them, each acknowledgement to the one who waits for it."""
 
-    transport: asyncio.Transport
-
     def __init__(self, options: MqttOptions, hear: Hear, drop: Drop = ignore) -> None:
-        self._loop = asyncio.get_running_loop()
+        super().__init__()
         self._v5 = options.version == "5"
         self._hear, self._drop = hear, drop
         # Reading: the bytes that have come, how many the next packet lacks, how many are passed over.
         self._parts: list[bytes] = []
         self._missing = self._skip = 0
         self._packets: deque[tuple[int, bytes, int, int]] = deque()
-        self._held = False
         self._max_taken = options.max_packet
         self._unreleased: set[int] = set()  # of QoS 2
         # Writing
-        self._out: list[bytes] = []
-        self._flushing = False
-        self._writable: asyncio.Future[None] | None = None
         self._max_sent = options.max_packet
         self._acks: dict[int, asyncio.Future[Any]] = {}
         self._last_id = 0
@@ -93,7 +88,7 @@ class MqttConnection(asyncio.Protocol):
 
     async def greet(self, packet: bytes) -> None:
         """Introduce oneself with a CONNECT. Raises Unavailable where the broker does not want that."""
-        self._send(packet)
+        self.write(packet)
         await self._greeting
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -116,8 +111,8 @@ class MqttConnection(asyncio.Protocol):
         if not self.ended.done():
             if self._unacked:
                 await asyncio.wait(list(self._acks.values()), timeout=1)
-            self._send(bytes([packets.DISCONNECT, 0]))
-            self._flush()
+            self.write(bytes([packets.DISCONNECT, 0]))
+            self.flush()
             self.transport.close()
             # A broker that takes nothing would keep the connection for ever.
             await asyncio.wait([self.ended], timeout=1)
@@ -132,23 +127,14 @@ class MqttConnection(asyncio.Protocol):
             self._abort("the broker says nothing any more")
             return
         self._answer_is_due = not self._held
-        self._send(bytes([packets.PINGREQ, 0]))
+        self.write(bytes([packets.PINGREQ, 0]))
         self._beating = self._loop.call_later(self._pause, self._beat)
 
     # Reading
 
-    def hold(self) -> None:
-        """Read nothing more for now; the broker bounds what it keeps for us."""
-        if not self._held and not self.transport.is_closing():
-            self._held = True
-            self.transport.pause_reading()
-
-    def release(self) -> None:
-        """Read on."""
-        if self._held and not self.transport.is_closing():
-            self._held = self._answer_is_due = False
-            self.transport.resume_reading()
-            self._read()  # what had already come
+    def read_on(self) -> None:
+        self._answer_is_due = False  # nobody listened meanwhile
+        self._read()
 
     def data_received(self, data: bytes) -> None:
         self._answer_is_due = False
@@ -212,7 +198,7 @@ class MqttConnection(asyncio.Protocol):
             self._take_ack(kind, id, body[2] if len(body) > 2 else 0)
         elif kind == packets.PUBREL & 0xF0:
             self._unreleased.discard(id)
-            self._send(struct.pack("!BBH", packets.PUBCOMP, 2, id))
+            self.write(struct.pack("!BBH", packets.PUBCOMP, 2, id))
         elif kind in (packets.SUBACK, packets.UNSUBACK):
             length, at = packets.read_number(body, 2) if self._v5 else (0, 2)
             self._settle(id, body[at + length :])
@@ -226,7 +212,7 @@ class MqttConnection(asyncio.Protocol):
         if id not in self._acks:
             return
         if kind == packets.PUBREC and code < 0x80:
-            self._send(struct.pack("!BBH", packets.PUBREL, 2, id))
+            self.write(struct.pack("!BBH", packets.PUBREL, 2, id))
             return
         self._settle(id, code)
         self._unacked -= 1
@@ -252,18 +238,6 @@ class MqttConnection(asyncio.Protocol):
 
     # Writing
 
-    def pause_writing(self) -> None:
-        self._writable = self._loop.create_future()
-
-    def resume_writing(self) -> None:
-        writable, self._writable = self._writable, None
-        if writable is not None and not writable.done():
-            writable.set_result(None)
-
-    def congestion(self) -> asyncio.Future[None] | None:
-        """What to await while the broker reads too slowly."""
-        return self._writable
-
     @property
     def behind(self) -> bool:
         """Whether messages wait for the acknowledgement of others."""
@@ -287,7 +261,7 @@ class MqttConnection(asyncio.Protocol):
         head = b"".join((first, packets.number(length), struct.pack("!H", len(topic)), topic))
         rest = told + body
         if not qos:
-            self._send(head, rest)
+            self.write(head, rest)
             return None
         if len(self._waiting) >= _MOST_WAITING:
             raise Unavailable("Too many messages wait for the MQTT broker.", code="overloaded")
@@ -301,7 +275,7 @@ class MqttConnection(asyncio.Protocol):
     def acknowledge(self, message: Message) -> None:
         """Tell the broker that a message of QoS 1 or 2 need not come again."""
         if message.qos:
-            self._send(struct.pack("!BBH", packets.PUBREC if message.qos == 2 else packets.PUBACK, 2, message.id))
+            self.write(struct.pack("!BBH", packets.PUBREC if message.qos == 2 else packets.PUBACK, 2, message.id))
 
     def subscribe(self, filters: Sequence[str], qos: int) -> asyncio.Future[bytes]:
         """Have messages sent; the future holds the broker's reason code for each filter, or a ConnectionLost."""
@@ -313,7 +287,7 @@ class MqttConnection(asyncio.Protocol):
 
     def _post(self, head: bytes, rest: bytes, future: asyncio.Future[int]) -> None:
         self._unacked += 1
-        self._send(head, self._enter(future), rest)
+        self.write(head, self._enter(future), rest)
 
     def _request(self, kind: int, parts: Sequence[bytes]) -> asyncio.Future[bytes]:
         future: asyncio.Future[bytes] = self._loop.create_future()
@@ -321,7 +295,7 @@ class MqttConnection(asyncio.Protocol):
             self._fail(future)
         else:
             body = b"".join((self._enter(future), packets.encode_properties({}) if self._v5 else b"", *parts))
-            self._send(bytes([kind]), packets.number(len(body)), body)
+            self.write(bytes([kind]), packets.number(len(body)), body)
         return future
 
     def _enter(self, future: asyncio.Future[Any]) -> bytes:
@@ -340,18 +314,6 @@ class MqttConnection(asyncio.Protocol):
         if not future.done():
             future.set_exception(ConnectionLost(f"The connection to the MQTT broker was lost: {self._reason}."))
             future.exception()  # seen, even where nobody waits for it any more
-
-    def _send(self, *parts: bytes) -> None:
-        self._out.extend(parts)
-        if not self._flushing:
-            self._flushing = True
-            self._loop.call_soon(self._flush)
-
-    def _flush(self) -> None:
-        self._flushing = False
-        if self._out and not self.transport.is_closing():
-            self.transport.write(b"".join(self._out))
-        self._out.clear()
 
 
 async def open_connection(

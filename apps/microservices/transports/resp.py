@@ -13,6 +13,7 @@ import hiredis
 from ..exceptions import ConnectionLost, RpcException, Unavailable
 from . import Address
 from .base import ClientProxy
+from .flow import FlowProtocol
 from .tls import TlsOptions
 
 Push = Callable[[list[Any]], None]
@@ -41,20 +42,14 @@ class _Reply:
         self.pushes = pushes
 
 
-class RespConnection(asyncio.Protocol):
+class RespConnection(FlowProtocol):
     """Speaks RESP3 with hiredis as the parser; replies come in the order of their commands."""
 
-    transport: asyncio.Transport
-
     def __init__(self, on_push: Push) -> None:
-        self._loop = asyncio.get_running_loop()
+        super().__init__()
         self._reader = hiredis.Reader(notEnoughData=_NOTHING)
         self._on_push = on_push
         self._replies: deque[_Reply] = deque()
-        self._out: list[bytes] = []
-        self._flushing = False
-        self._held = False
-        self._writable: asyncio.Future[None] | None = None
         self._channels = [0, 0]  # and patterns of them
         self.ended: asyncio.Future[None] = self._loop.create_future()
         """Done when the connection is lost or closed."""
@@ -73,9 +68,9 @@ class RespConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._reader.feed(data)
-        self._read()
+        self.read_on()
 
-    def _read(self) -> None:
+    def read_on(self) -> None:
         try:
             while not self._held and (reply := self._reader.gets()) is not _NOTHING:
                 if not isinstance(reply, hiredis.PushNotification):
@@ -87,34 +82,9 @@ class RespConnection(asyncio.Protocol):
         except hiredis.ProtocolError:
             self.transport.abort()
 
-    def pause_writing(self) -> None:
-        self._writable = self._loop.create_future()
-
-    def resume_writing(self) -> None:
-        writable, self._writable = self._writable, None
-        if writable is not None and not writable.done():
-            writable.set_result(None)
-
-    def congestion(self) -> asyncio.Future[None] | None:
-        """What to await while Redis reads too slowly."""
-        return self._writable
-
-    def hold(self) -> None:
-        """Read nothing more for now; Redis bounds what it keeps for us."""
-        if not self._held and not self.transport.is_closing():
-            self._held = True
-            self.transport.pause_reading()
-
-    def release(self) -> None:
-        """Read on."""
-        if self._held and not self.transport.is_closing():
-            self._held = False
-            self.transport.resume_reading()
-            self._read()  # what had already come
-
     async def close(self) -> None:
         """Send what is left and disconnect."""
-        self._flush()
+        self.flush()
         self.transport.close()
         # A Redis that takes nothing would keep the connection for ever.
         await asyncio.wait([self.ended], timeout=1)
@@ -151,17 +121,7 @@ class RespConnection(asyncio.Protocol):
 
     def _send(self, parts: tuple[bytes, ...], reply: _Reply) -> None:
         self._replies.append(reply)
-        self._out.append(b"*%d\r\n" % len(parts))
-        self._out.extend(b"$%d\r\n%b\r\n" % (len(part), part) for part in parts)
-        if not self._flushing:
-            self._flushing = True
-            self._loop.call_soon(self._flush)
-
-    def _flush(self) -> None:
-        self._flushing = False
-        if self._out and not self.transport.is_closing():
-            self.transport.write(b"".join(self._out))
-        self._out.clear()
+        self.write(b"*%d\r\n" % len(parts), *(b"$%d\r\n%b\r\n" % (len(part), part) for part in parts))
 
     def _settle(self, reply: Any) -> None:
         waiting = self._replies.popleft().future if self._replies else None

@@ -93,7 +93,7 @@ class _ServerConnection(FramedConnection):
 
     def pump(self) -> None:
         super().pump()
-        waiting = self._frames.partial and not self.held() and not self._holding
+        waiting = self._frames.partial and not self.held() and not self._held
         if not waiting and self._half_frame is not None:
             self._half_frame.cancel()
             self._half_frame = None
@@ -124,7 +124,7 @@ class _ServerConnection(FramedConnection):
 
     def reply(self, response: Response) -> Awaitable[None] | None:
         """Send one packet of an answer."""
-        self.write(response)
+        self.put(response)
         congestion = self.congestion()
         # Shielded, since all streams of this connection await the same, and one may be given up.
         return None if congestion is None else asyncio.shield(congestion)
@@ -142,7 +142,7 @@ class _ServerConnection(FramedConnection):
     def stop_reading(self) -> None:
         """Take no further request; running ones are still answered."""
         self._no_more = True
-        self._hold()
+        self.hold()
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
@@ -152,7 +152,7 @@ class _ServerConnection(FramedConnection):
             self.flush()
             if not self._server.closing:
                 self.transport.close()
-        elif self._holding:
+        elif self._held:
             self.pump()
 
     def _half_frame_is_late(self) -> None:
@@ -357,7 +357,7 @@ class TcpClient(ClientProxy):
         connection = self._connection
         if connection is None or connection.transport.is_closing():
             raise Unavailable(f"{self.service} closed the connection before the call was sent.")
-        connection.write(packet)
+        connection.put(packet)
         return connection
 
 
