@@ -186,13 +186,15 @@ class Client:
 
     def _context(self, proxy: ClientProxy, pattern: Any, metadata: Metadata, options: Options) -> RpcContext:
         written = codec.encode(pattern)
+        text = self._routes.get(written) or self._route(pattern, written)
         context = RpcContext(
             service=self.service,
-            pattern=self._routes.get(written) or self._route(pattern, written),
+            pattern=text,
+            channel=text,
             raw_pattern=Raw(written),
             transport=proxy.scheme,
             side="client",
-            peer=str(proxy.address),
+            peer=proxy.url,
             record=proxy.read_record(options) if options else None,
         )
         caller = current.get()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextvars import Context
 from functools import partial
@@ -17,7 +18,7 @@ from .exceptions import INTERNAL, DeadlineExceeded, NoHandler, RpcException
 from .executor import Executor, Lender, lender
 from .handlers import Colour, Delivery, Door, Handler
 from .instruments import dropped
-from .middleware import Endpoint, Middleware, chain
+from .middleware import Call, Endpoint, Middleware, chain, chain_in_place
 from .packets import Packet, Response, route_in_text, route_on_wire
 
 logger = logging.getLogger("microservices.dispatcher")
@@ -36,7 +37,8 @@ class Target(NamedTuple):
     handler: Handler
     door: Door
     endpoint: Endpoint
-    in_place: bool
+    call: Call | None
+    """The same without a task, where the handler is inline and no middleware may wait."""
 
 
 class Route(NamedTuple):
@@ -127,35 +129,35 @@ class Dispatcher:
             else:
                 reply(Response(id=packet.id, status="error", err=NoHandler().to_wire()))
             return None
+        metadata = packet.metadata
         context = RpcContext(
             service=self.service,
             pattern=route.name,
             transport=transport,
             side="server",
             peer=peer,
-            metadata=_texts(packet.metadata) if isinstance(packet.metadata, dict) else None,
-            id=None if isinstance(packet.id, UnsetType) else packet.id,
-            deadline=None if packet.metadata is UNSET else deadline_on_wire(packet.metadata),
-            channel=channel,
+            metadata=_texts(metadata) if type(metadata) is dict else {},
+            raw_id=None if is_event else packet.id,  # type: ignore[arg-type]
+            deadline=None if metadata is UNSET else deadline_on_wire(metadata),
+            channel=route.name if channel is None else channel,
             headers=headers,
             native=native,
         )
         if is_event:
-            return self._spawn(self._hear(route, delivery, packet.data, context), None)
+            return self._dispatch_event(route, delivery, packet.data, context)
         target = route.request or route.events[0]
-        if target.in_place:
-            self._answer_in_place(target, packet.data, context, reply, packet.id)
+        if target.call is not None:
+            self._answer_in_place(target.call, packet.data, context, reply, packet.id)
             return None
         return self._spawn(self._answer(target, packet.data, context, reply, packet.id), lender.get())
 
     # Requests
 
-    def _answer_in_place(self, target: Target, data: Any, context: RpcContext, reply: Replier, id: Any) -> None:
+    def _answer_in_place(self, call: Call, data: Any, context: RpcContext, reply: Replier, id: Any) -> None:
         try:
             if context.deadline is not None:
                 context.check_deadline()
-            handler = target.handler
-            reply(Response(response=handler.invoke(handler.convert(data), context), is_disposed=True, id=id))
+            reply(Response(response=call(data, context), is_disposed=True, id=id))
         except Exception as error:  # noqa: BLE001 - logged and answered
             self._send(reply, self._failure(error, context, id), context)
 
@@ -163,9 +165,10 @@ class Dispatcher:
         current.set(context)
         if target.door.deadline is not None:
             context.cap_deadline(target.door.deadline)
-        timer = self._cancel_at_deadline(context)
+        timer = None if context.deadline is None else self._cancel_at_deadline(context.deadline, context)
         try:
-            context.check_deadline()
+            if timer is not None:
+                context.check_deadline()
             result = await target.endpoint(data, context)
             if target.handler.colour is Colour.STREAM:
                 await self._stream(result, context, reply, id)
@@ -215,18 +218,48 @@ class Dispatcher:
 
     # Events
 
-    async def _hear(
+    def _dispatch_event(
         self, route: Route, delivery: Delivery | None, data: Any, context: RpcContext
-    ) -> list[BaseException]:
-        current.set(context)
+    ) -> asyncio.Task[Any] | None:
         targets = route.listeners(delivery) or ((route.request,) if route.request and not route.events else ())
-        listening = (self._listen(target, data, context) for target in targets)
-        # A CancelledError among the outcomes is that of something which a handler awaited: it has failed, too.
-        outcomes = await asyncio.gather(*listening, return_exceptions=True)
+        if any(target.call is None for target in targets):
+            return self._spawn(self._hear(targets, data, context), None)
+        failures = []
+        for target in targets:
+            try:
+                target.call(data, context)  # type: ignore[misc]  # each has one
+            except Exception as error:  # noqa: BLE001 - reported
+                self._report(target, context, error)
+                failures.append(error)
+        # Whoever must know of it, to have the event again, asks the task.
+        return self._spawn(_ended_with(failures), None) if failures else None
+
+    async def _hear(self, targets: Sequence[Target], data: Any, context: RpcContext) -> list[BaseException]:
+        current.set(context)
+        if len(targets) == 1:
+            outcomes = [await self._outcome(targets[0], data, context)]
+        else:
+            outcomes = await asyncio.gather(*(self._outcome(target, data, context) for target in targets))
         for target, outcome in zip(targets, outcomes, strict=True):
-            if isinstance(outcome, BaseException):
+            if outcome is not None:
                 self._report(target, context, outcome)
-        return [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+        return [outcome for outcome in outcomes if outcome is not None]
+
+    @staticmethod
+    async def _outcome(target: Target, data: Any, context: RpcContext) -> BaseException | None:
+        try:
+            result = await target.endpoint(data, context)
+            if target.handler.colour is Colour.STREAM:
+                async for _ in result:  # nobody takes the values, but the work is done
+                    pass
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            return error  # of something that the handler awaited: it has failed, too
+        except Exception as error:  # noqa: BLE001 - reported
+            return error
+        return None
 
     def _report(self, target: Target, context: RpcContext, error: BaseException) -> None:
         name, pattern = target.handler.name, context.pattern
@@ -235,20 +268,14 @@ class Dispatcher:
         else:
             logger.error("%s failed to handle %s", name, pattern, exc_info=error)
 
-    async def _listen(self, target: Target, data: Any, context: RpcContext) -> None:
-        result = await target.endpoint(data, context)
-        if target.handler.colour is Colour.STREAM:
-            async for _ in result:  # nobody takes the values, but the work is done
-                pass
-
     # Start-up and bookkeeping
 
     def _compile(self, middlewares: Sequence[Middleware]) -> None:
         for handler in self.handlers:
             endpoint = chain(self._innermost(handler), middlewares)
-            in_place = handler.colour is Colour.INLINE and not middlewares
+            call = chain_in_place(handler.call, middlewares) if handler.colour is Colour.INLINE else None
             for door in handler.doors:
-                target = Target(handler, door, endpoint, in_place)
+                target = Target(handler, door, endpoint, call)
                 routes = self._methods if door.kind == "grpc" else self._routes
                 route = routes.get(door.route) or Route(door.route, None, ())
                 # As in NestJS, the last request handler of a pattern wins and all event handlers run.
@@ -258,28 +285,23 @@ class Dispatcher:
                     routes[door.route] = route._replace(request=target)
 
     def _innermost(self, handler: Handler) -> Endpoint:
-        def convert_and_invoke(data: Any, context: RpcContext) -> Any:
-            return handler.invoke(handler.convert(data), context)
-
         async def all_in_pool(data: Any, context: RpcContext) -> Any:
-            return await self._executor.run(partial(convert_and_invoke, data, context), context)
+            return await self._executor.run(partial(handler.call, data, context), context)
 
         async def in_pool(data: Any, context: RpcContext) -> Any:
             payload = handler.convert(data)
             return await self._executor.run(partial(handler.invoke, payload, context), context)
 
-        async def in_task(data: Any, context: RpcContext) -> Any:
-            return await handler.invoke(handler.convert(data), context)
-
         async def in_place(data: Any, context: RpcContext) -> Any:
-            return handler.invoke(handler.convert(data), context)
+            return handler.call(data, context)
 
         async def in_consumer(data: Any, context: RpcContext) -> Any:
             await handler.deliver(handler.convert(data), context)
 
         if handler.converts_in_thread:
             return all_in_pool
-        ways = {Colour.POOL: in_pool, Colour.TASK: in_task, Colour.CONSUMER: in_consumer}
+        # What an `async def` returns is awaited, or iterated, by whoever called: no coroutine around it.
+        ways = {Colour.POOL: in_pool, Colour.TASK: handler.call, Colour.CONSUMER: in_consumer}
         return ways.get(handler.colour, in_place)
 
     def _read(self, spelling: bytes) -> Route | None:
@@ -305,17 +327,20 @@ class Dispatcher:
         return asyncio.get_running_loop().create_task(work, context=fresh)
 
     @staticmethod
-    def _cancel_at_deadline(context: RpcContext) -> asyncio.TimerHandle | None:
-        remaining = context.remaining()
+    def _cancel_at_deadline(deadline: float, context: RpcContext) -> asyncio.TimerHandle | None:
         task = asyncio.current_task()
-        if remaining is None or task is None:
+        if task is None:
             return None
 
         def give_up() -> None:
             context.cap_deadline(0)  # timers may fire a moment early; from here on it has passed
             task.cancel()
 
-        return asyncio.get_running_loop().call_later(remaining, give_up)
+        return asyncio.get_running_loop().call_later(max(0.0, deadline - time.monotonic()), give_up)
+
+
+async def _ended_with(failures: list[Exception]) -> list[Exception]:
+    return failures
 
 
 def _texts(metadata: dict[Any, Any]) -> dict[str, str]:

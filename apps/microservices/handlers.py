@@ -158,6 +158,8 @@ class Handler:
             self._decode = decoder(self.payload)
         except TypeError as error:
             raise ConfigurationError(f"{self.name}: JSON cannot become {self.payload!r}: {error}") from error
+        self.call = self._composed()
+        """`call(data, context)` converts the payload and invokes the function."""
 
     def __repr__(self) -> str:
         return f"<Handler {self.name}>"
@@ -177,6 +179,14 @@ class Handler:
     async def _convert_each(self, values: AsyncIterator[Raw]) -> AsyncIterator[Any]:
         async for value in values:
             yield self._decode(value)
+
+    def _composed(self) -> Callable[[Any, RpcContext], Any]:
+        decode, function = self._decode, self.function
+        if self.takes_stream or not self._arguments:
+            return lambda data, context: self.invoke(self.convert(data), context)
+        if self._arguments == 2:
+            return lambda data, context: function(decode(data if type(data) is Raw else _NULL), context)
+        return lambda data, _: function(decode(data if type(data) is Raw else _NULL))
 
     def _check_stream(self) -> None:
         if self.colour not in (Colour.TASK, Colour.STREAM):

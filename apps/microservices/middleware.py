@@ -13,7 +13,13 @@ a server's is the payload's JSON as it came (`msgspec.Raw`), converted by the in
 A streaming handler's result is its async iterator."""
 
 Middleware = Callable[[Endpoint], Endpoint]
-"""Takes the next endpoint, once, at start-up; returns the endpoint that stands before it."""
+"""Takes the next endpoint, once, at start-up; returns the endpoint that stands before it.
+
+One that also has a method `in_place(call)`, which does the same with calls, leaves inline handlers where they
+run: on the event loop, without a task. Behind one that has none they run in a task, too."""
+
+Call = Callable[[Any, RpcContext], Any]
+"""What an endpoint is where nothing may wait: `call(data, context)` on the event loop."""
 
 
 def chain(endpoint: Endpoint, middlewares: Iterable[Middleware]) -> Endpoint:
@@ -21,3 +27,13 @@ def chain(endpoint: Endpoint, middlewares: Iterable[Middleware]) -> Endpoint:
     for middleware in reversed(list(middlewares)):
         endpoint = middleware(endpoint)
     return endpoint
+
+
+def chain_in_place(call: Call, middlewares: Iterable[Middleware]) -> Call | None:
+    """Fold middlewares around a call, if all of them can stand there; else None."""
+    for middleware in reversed(list(middlewares)):
+        in_place = getattr(middleware, "in_place", None)
+        if in_place is None:
+            return None
+        call = in_place(call)
+    return call

@@ -1,45 +1,122 @@
-"""The service that is measured: what tests/interop/server.js does, in our words. Usage: service.py '{"url": URL}'"""
+"""The service that is measured, in our words: `service.py '{"url": URL, "colour": "inline", "all": false}'`."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated, Any
 
 import msgspec
-import uvloop
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "apps"))
 
+from microservices import transports
 from microservices.dispatcher import Dispatcher
 from microservices.executor import Executor
-from microservices.handlers import Handler, message_pattern
-from microservices.transports import parse
-from microservices.transports.tcp import TcpServer
+from microservices.handlers import Handler, event_pattern, message_pattern
+from microservices.telemetry.logging import CallLog
 
 
-@message_pattern({"cmd": "sum"}, inline=True)
-def add(data: list[int]) -> int:
-    return sum(data)
+class Facts(msgspec.Struct):
+    """What the command line says."""
+
+    url: str
+    colour: str = "inline"
+    """How the handlers are written: inline, task or pool."""
+    all: bool = False
+    """Whether every feature is on."""
+    loop: str = "uvloop"
 
 
-@message_pattern({"cmd": "sum_in_task"})
-async def add_in_task(data: list[int]) -> int:
-    return sum(data)
+class Name(msgspec.Struct):
+    """A payload that is checked field by field."""
+
+    id: Annotated[int, msgspec.Meta(ge=1)]
+    name: Annotated[str, msgspec.Meta(min_length=1, max_length=80)]
 
 
-async def main(url: str) -> None:
-    dispatcher = Dispatcher("bench", [Handler(add), Handler(add_in_task)], Executor())
-    server = TcpServer(parse(url), dispatcher)
+class Greeting(msgspec.Struct):
+    """What is answered to it."""
+
+    id: int
+    name: str
+    greeting: str
+
+
+class Noted(msgspec.Struct):
+    """An event."""
+
+    n: int
+
+
+class Bench:
+    """The handlers, in the colour that is measured."""
+
+    def __init__(self, colour: str, topics: bool) -> None:
+        self._colour = colour
+        self._heard = 0
+        self.handlers = [
+            self._answering("sum" if topics else {"cmd": "sum"}, self.add),
+            self._answering("user", self.greet),
+            self._answering("count", self.count),
+            Handler(event_pattern("noted", inline=colour == "inline")(self._coloured(self.note))),
+        ]
+
+    def add(self, data: list[int]) -> int:
+        return sum(data)
+
+    def greet(self, data: Name) -> Greeting:
+        return Greeting(data.id, data.name, f"Hello, {data.name}!")
+
+    def note(self, data: Noted) -> None:
+        self._heard += 1
+
+    def count(self, data: Any) -> int:
+        return self._heard
+
+    def _answering(self, pattern: Any, function: Callable[[Any], Any]) -> Handler:
+        return Handler(message_pattern(pattern, inline=self._colour == "inline")(self._coloured(function)))
+
+    def _coloured(self, function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        if self._colour == "task":
+
+            async def handle(data: Any) -> Any:
+                return function(data)
+
+        else:
+
+            def handle(data: Any) -> Any:
+                return function(data)
+
+        handle.__annotations__ = function.__annotations__
+        return handle
+
+
+async def main(facts: Facts) -> None:
+    address = transports.parse(facts.url)
+    middlewares = [CallLog(sample=0.01)] if facts.all else []
+    bench = Bench(facts.colour, address.scheme == "kafka")
+    dispatcher = Dispatcher("bench", bench.handlers, Executor(), middlewares)
+    server = transports.load(address, "server")(address, dispatcher)
     await server.listen()
     gc.freeze()
     print("ready", flush=True)
     await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
     await server.close(1)
-    print(msgspec.__version__, file=sys.stderr)
+
+
+def loop_factory(name: str) -> Any:
+    if name != "uvloop":
+        return None
+    import uvloop
+
+    return uvloop.new_event_loop
 
 
 if __name__ == "__main__":
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(main(msgspec.json.decode(sys.argv[1])["url"]))
+    facts = msgspec.json.decode(sys.argv[1], type=Facts)
+    with asyncio.Runner(loop_factory=loop_factory(facts.loop)) as runner:
+        runner.run(main(facts))

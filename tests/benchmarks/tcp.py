@@ -1,184 +1,120 @@
-"""The TCP server beside NestJS's: server CPU per request, alternated in one run.
-
-Rules: real NestJS in production mode, the same work, replies compared before timing, servers on
-the first core and the load on the last, a warm-up of 12,000 calls, rounds in turn, medians. What
-to read is the ratio of CPU per request; requests per second here also measure the load generator.
-"""
+"""TCP: the server, the client, events."""
 
 from __future__ import annotations
 
-import argparse
-import asyncio
 import json
-import os
-import platform
-import socket
-import statistics
-import subprocess
-import sys
-import time
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
 
-import uvloop
+from .measure import Case, Sample, Side
+from .peers import BUILD, NESTS, Program, Run, load, made_by, nest, nest_name, ours, served
+from .processes import FIRST_CORE, LAST_CORE, Process, free_port
 
-ROOT = Path(__file__).resolve().parents[2]
-WARM_UP = 12_000
-FIRST_CORE, LAST_CORE = min(os.sched_getaffinity(0)), max(os.sched_getaffinity(0))
-TICKS = os.sysconf("SC_CLK_TCK")
+SHAPES = ((1, 128, 60_000), (16, 4, 60_000), (1, 1, 10_000))
+"""Connections, calls in flight on each, calls."""
 
+NEST_ON = "routing, exception filter"
+OURS_ON = "routing, errors mapped, payload validated, limits, back-pressure"
+ALL_ON = f"{OURS_ON}, trace id, deadline, drop counters, call log (1 in 100)"
+TRACE = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", "deadline": "5000"}
 
-def free_port() -> int:
-    """Return a port below the range from which the kernel hands out its own."""
-    for port in range(20_000 + os.getpid() % 8_000, 32_000):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)):
-                return port
-    raise OSError("No port is free.")
+Served = tuple[str, str, Process, int]
+"""A server's name, what is on, the process and its port."""
 
 
-class Peer:
-    """A server process pinned to the first core."""
+def packet(pattern: Any, data: Any, **more: Any) -> str:
+    """Return a packet as NestJS writes it."""
+    return json.dumps({"pattern": pattern, "data": data, **more}, separators=(",", ":"))
 
-    def __init__(self, name: str, command: list[str], pattern: str) -> None:
-        self.name = name
-        self.pattern = pattern
-        self.port = free_port()
-        self._process = subprocess.Popen(
-            [*command, json.dumps({"url": f"tcp://127.0.0.1:{self.port}"})],
-            cwd=ROOT / "tests" / "interop",
-            env={**os.environ, "NODE_ENV": "production"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+
+SUM = packet({"cmd": "sum"}, [1, 2, 3], id="0123456789abcdef01234")
+USER = packet("user", {"id": 7, "name": "Ada"}, metadata=TRACE, id="0123456789abcdef01234")
+NOTED = packet("noted", {"n": 1})
+COUNT = packet("count", None, id="0123456789abcdef01234")
+
+
+def server(stack: ExitStack) -> Iterator[Case]:
+    """Yield the cases of the server: like for like, and with all features on."""
+    nests, plain = _nests(stack), _ours(stack)
+    for connections, in_flight, calls in SHAPES:
+        yield _case(
+            f"server, {connections} x {in_flight} in flight", [*nests, *plain], SUM, connections, in_flight, calls
         )
-        os.sched_setaffinity(self._process.pid, {FIRST_CORE})
-        assert self._process.stdout is not None
-        assert self._process.stdout.readline() == b"ready\n", f"{name} did not start"
-
-    @property
-    def cpu(self) -> float:
-        """Seconds on a core so far, all threads together."""
-        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / TICKS
-
-    @property
-    def memory(self) -> float:
-        """Resident megabytes."""
-        pages = int(Path(f"/proc/{self._process.pid}/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-    def stop(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(10)
+    yield _case("server, all features on, 1 x 128 in flight", [*nests, *_ours(stack, all=True)], USER, 1, 128, 60_000)
 
 
-class Load(asyncio.Protocol):
-    """Keeps a number of requests in flight on one connection; counts answers without reading them."""
+def client(stack: ExitStack) -> Iterator[Case]:
+    """Yield the case of the client, against a compiled server that is never the limit."""
+    port = free_port()
+    answers = Process("answers", [str(BUILD / "answers"), str(port)], LAST_CORE)
+    stack.callback(answers.stop)
 
-    def __init__(self, pattern: str, in_flight: int, total: int) -> None:
-        request = json.dumps({"pattern": {"cmd": pattern}, "data": [1, 2, 3], "id": "0123456789abcdef01234"})
-        body = request.replace(", ", ",").replace(": ", ":")
-        self._frame = f"{len(body)}#{body}".encode()
-        self._in_flight = in_flight
-        self._left = total
-        self._answers = total
-        self.first = b""
-        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    facts = {"url": f"tcp://127.0.0.1:{port}", "inFlight": 128, "warmUp": 6_000, "kind": "send"}
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = transport
-        self._send(self._in_flight)
+    def run(program: Callable[[dict[str, Any]], Program]) -> Run:
+        return made_by(lambda calls: program({**facts, "calls": calls}).call(FIRST_CORE), answers)
 
-    def data_received(self, data: bytes) -> None:
-        if not self.first:
-            self.first = data.split(b"}", 1)[0] + b"}"
-        answered = data.count(b"isDisposed")
-        self._answers -= answered
-        if self._answers <= 0:
-            self._transport.close()
-            if not self.done.done():
-                self.done.set_result(None)
-        else:
-            self._send(answered)
-
-    def connection_lost(self, error: Exception | None) -> None:
-        if not self.done.done():
-            self.done.set_exception(ConnectionResetError("the server closed the connection"))
-
-    def _send(self, count: int) -> None:
-        count = min(count, self._left)
-        self._left -= count
-        if count:
-            self._transport.write(self._frame * count)  # type: ignore[attr-defined]
+    sides = [Side(nest_name(each), "ids", run(partial(nest, each, "client.js"))) for each in NESTS]
+    sides.append(Side("ours", "ids, deadline, trace id, limits", run(partial(ours, "client.py"))))
+    yield Case("client, 128 in flight", 60_000, sides)
 
 
-async def drive(peer: Peer, connections: int, in_flight: int, total: int) -> bytes:
-    """Make `total` requests; return the first answer."""
-    loop = asyncio.get_running_loop()
-    loads = []
-    for _ in range(connections):
-        _, load = await loop.create_connection(
-            lambda: Load(peer.pattern, in_flight, total // connections), "127.0.0.1", peer.port
+def events(stack: ExitStack) -> Iterator[Case]:
+    """Yield the case of events that a handler counts; a request behind them tells when all were heard."""
+    sides = [*_nests(stack), *_ours(stack)]
+    yield Case(
+        "events, 1 connection",
+        100_000,
+        [Side(name, on, _hearing(served(server, load(port, 1, 64, NOTED, COUNT)))) for name, on, server, port in sides],
+    )
+
+
+def _hearing(run: Run) -> Run:
+    heard = 0
+
+    def counted(calls: int) -> Sample:
+        nonlocal heard
+        sample = run(calls)
+        before, heard = heard, sample.answer["response"]
+        if heard - before != calls:
+            raise RuntimeError(f"{heard - before} of {calls} events were heard")
+        return sample
+
+    return counted
+
+
+def _nests(stack: ExitStack) -> list[Served]:
+    return [
+        (nest_name(each), NEST_ON, *_start(stack, nest_name(each), partial(nest, each, "server.js"))) for each in NESTS
+    ]
+
+
+def _ours(stack: ExitStack, **facts: Any) -> list[Served]:
+    on = ALL_ON if facts else OURS_ON
+    names = {"inline": "ours, inline", "task": "ours, async"}
+    return [
+        (
+            name,
+            on,
+            *_start(stack, name, lambda told, colour=colour: ours("service.py", {**told, "colour": colour, **facts})),
         )
-        loads.append(load)
-    async with asyncio.timeout(120):
-        await asyncio.gather(*(load.done for load in loads))
-    return loads[0].first
+        for colour, name in names.items()
+    ]
 
 
-def measure(peers: list[Peer], connections: int, in_flight: int, total: int, rounds: int) -> None:
-    """Print one table: each peer's medians over the rounds, and the ratio to the first."""
-    figures: dict[str, list[tuple[float, float]]] = {peer.name: [] for peer in peers}
-    for _ in range(rounds):
-        for peer in peers:
-            cpu, started = peer.cpu, time.perf_counter()
-            uvloop.run(drive(peer, connections, in_flight, total))
-            seconds = time.perf_counter() - started
-            figures[peer.name].append(((peer.cpu - cpu) / total * 1e6, total / seconds))
-    print(f"\n{connections} x {in_flight} in flight, {total:,} requests, {rounds} rounds, medians")
-    print(f"{'':28}{'CPU us/request':>16}{'ratio':>8}{'requests/s':>13}{'ratio':>8}{'MB':>6}")
-    base_cpu = statistics.median(cpu for cpu, _ in figures[peers[0].name])
-    base_rate = statistics.median(rate for _, rate in figures[peers[0].name])
-    for peer in peers:
-        cpu = statistics.median(cpu for cpu, _ in figures[peer.name])
-        rate = statistics.median(rate for _, rate in figures[peer.name])
-        print(f"{peer.name:28}{cpu:16.1f}{base_cpu / cpu:8.2f}{rate:13,.0f}{rate / base_rate:8.2f}{peer.memory:6.0f}")
+def _start(stack: ExitStack, name: str, program: Callable[[dict[str, Any]], Program]) -> tuple[Process, int]:
+    port = free_port()
+    return program({"url": f"tcp://127.0.0.1:{port}"}).start(stack, name), port
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--requests", type=int, default=60_000)
-    options = parser.parse_args()
-    os.sched_setaffinity(0, {LAST_CORE})
-
-    node = subprocess.run(["node", "--version"], capture_output=True, text=True, check=True).stdout.strip()
-    versions = json.loads((ROOT / "tests/interop/nest12/package.json").read_text())["dependencies"]
-    nest = versions["@nestjs/microservices"]
-    print(f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}", end="; ")
-    print(f"Python {platform.python_version()}, uvloop {uvloop.__version__}; Node {node}, NestJS {nest}")
-    print("On for both: routing, exception filter. Ours also: payload decoded to its type, limits, back-pressure.")
-
-    service = [sys.executable, str(Path(__file__).with_name("service.py"))]
-    peers: list[Peer] = []
-    try:
-        for name, command, pattern in (
-            (f"NestJS {nest}", ["node", "--import", "./versions.js", "server.js"], "sum"),
-            ("ours, inline handler", service, "sum"),
-            ("ours, async handler", service, "sum_in_task"),
-        ):
-            peers.append(Peer(name, command, pattern))
-        answers = {uvloop.run(drive(peer, 1, 16, WARM_UP)).partition(b"#")[2] for peer in peers}
-        if len(answers) != 1:
-            sys.exit(f"The peers answer differently: {answers}")
-        measure(peers, 1, 128, options.requests, options.rounds)
-        measure(peers, 16, 4, options.requests, options.rounds)
-        measure(peers, 1, 1, options.requests // 6, options.rounds)
-    finally:
-        for peer in peers:
-            peer.stop()
-
-
-if __name__ == "__main__":
-    main()
+def _case(name: str, sides: list[Served], request: str, connections: int, in_flight: int, calls: int) -> Case:
+    return Case(
+        name,
+        calls,
+        [
+            Side(name, on, served(server, load(port, connections, in_flight, request)))
+            for name, on, server, port in sides
+        ],
+    )

@@ -11,9 +11,9 @@ from msgspec import Raw, Struct
 
 from microservices import ConnectionLost, DeadlineExceeded, RpcException, Unavailable
 from microservices.client import Client
-from microservices.transports.frames import frame
 from tests.interop.nest import Answer, NestClient, free_port, hang_up, nest_client, nest_server, relay
 from tests.interop.ours import OurServer, our_client, our_server
+from tests.toolkit.conftest import frame
 
 pytestmark = [
     pytest.mark.interop,

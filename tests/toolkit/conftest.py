@@ -40,6 +40,11 @@ def packet(pattern: Any, data: Any = None, *, id: str | None = "1", **fields: An
     return Packet(pattern=Raw(msgspec.json.encode(pattern)), data=Raw(msgspec.json.encode(data)), **fields)
 
 
+def frame(body: bytes) -> bytes:
+    """Return a packet as NestJS sends it over TCP, its length in UTF-16 units."""
+    return b"%d#%b" % (len(body.decode().encode("utf-16-le")) // 2, body)
+
+
 class Answers:
     """A replier that keeps each packet as the plain object that would travel."""
 

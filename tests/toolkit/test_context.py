@@ -67,7 +67,7 @@ def test_what_is_no_text_is_not_inherited() -> None:
 
 @pytest.mark.parametrize(("raw", "id"), [(b'"1a"', "1a"), (b"5", "5"), (b"null", "null"), ('"é"'.encode(), "é")])
 def test_an_id_is_shown_as_text(raw: bytes, id: str) -> None:
-    assert context(id=Raw(raw)).id == id
+    assert context(raw_id=Raw(raw)).id == id
 
 
 def test_an_event_has_no_id() -> None:

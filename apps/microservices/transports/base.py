@@ -7,7 +7,7 @@ import logging
 import os
 import random
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Awaitable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from contextvars import Context
 from enum import StrEnum
@@ -32,6 +32,8 @@ from . import Address, Count, Seconds, fill, load_codec, read_options
 from .answers import END, Call, Stream
 
 logger = logging.getLogger("microservices.transports")
+
+Encode = Callable[[Request | Event | Response], bytes]
 
 
 class Status(StrEnum):
@@ -66,26 +68,41 @@ class Peer(ABC):
         self.address = address
         self.options: Any = read_options(self.Options, address)
         self.status = Status.DISCONNECTED
+        self.url = str(address)
         self._codec: Codec | None = load_codec(self.options.codec) if self.options.codec else None
+        self.encode: Encode = encode if self._codec is None else _encoding(self._codec)
+        """Returns what travels for a packet. Raises one of `codec.UNENCODABLE` for data without a JSON form."""
+        self.decode: Callable[[bytes], bytes] = bytes if self._codec is None else _decoding(self._codec)
+        """Returns the JSON of what has come; what the codec cannot read is left as it is, a foreign message."""
 
     @abstractmethod
     def unwrap(self) -> Any:
         """Return the native object behind it."""
 
-    def encode(self, packet: Request | Event | Response) -> bytes:
-        """Return what travels for a packet. Raises one of `codec.UNENCODABLE` for data without a JSON form."""
-        body = encode(packet)
-        return body if self._codec is None else self._codec.encode(body)
 
-    def decode(self, body: bytes) -> bytes:
-        """Return the JSON of what has come; what the codec cannot read is left as it is, a foreign message."""
-        if self._codec is None:
-            return body
+def _encoding(codec: Codec) -> Encode:
+    return lambda packet: codec.encode(encode(packet))
+
+
+def _decoding(codec: Codec) -> Callable[[bytes], bytes]:
+    def decode(body: bytes) -> bytes:
         try:
-            return self._codec.decode(body)
+            return codec.decode(body)
         except Exception as error:  # noqa: BLE001 - a peer's bytes, and a project's code
             logger.debug("the codec refused a message: %r", error)
             return body
+
+    return decode
+
+
+def _checking(encode: Encode) -> Encode:
+    def checked(packet: Request | Event | Response) -> bytes:
+        try:
+            return encode(packet)
+        except UNENCODABLE as error:
+            raise not_json(error) from error
+
+    return checked
 
 
 class Server(Peer):
@@ -283,6 +300,8 @@ class ClientProxy(Peer):
     def __init__(self, address: Address, service: str) -> None:
         super().__init__(address)
         self.service = service
+        # Here it is the caller's data, and RpcException what he is told.
+        self.encode = _checking(self.encode)
         self._opening: asyncio.Task[None] | None = None
         self._failure = ""
         self._was_connected = False
@@ -290,13 +309,6 @@ class ClientProxy(Peer):
         # Unique across processes, so that one id finds a call in the logs of both sides.
         self._prefix = os.urandom(self.id_bytes).hex()
         self._count = 0
-
-    def encode(self, packet: Request | Event | Response) -> bytes:
-        """Return what travels for a packet. Raises RpcException where its data has no JSON form."""
-        try:
-            return super().encode(packet)
-        except UNENCODABLE as error:
-            raise not_json(error) from error
 
     # What a transport does
 

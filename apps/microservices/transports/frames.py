@@ -6,25 +6,18 @@ A frame is `<length>#<json>`, the length counted in UTF-16 code units (nest-wire
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import cast
 
 from ..exceptions import FrameError, RpcException
 from ..packets import Event, Request, Response
+from .base import Encode
 from .flow import FlowProtocol
-
-Encode = Callable[[Request | Event | Response], bytes]
 
 FRAMES_PER_TURN = 64
 
 MAX_HEADER = 10
 _CONTINUATION = bytes(range(0x80, 0xC0))
 _ASTRAL = bytes(range(0xF0, 0x100))
-
-
-def frame(body: bytes) -> bytes:
-    """Return `body`, UTF-8 text, with its length in front."""
-    return b"%d#%b" % (utf16_units(body), body)
 
 
 def utf16_units(text: bytes) -> int:
@@ -64,16 +57,19 @@ class FrameReader:
 
     def next(self) -> bytes | None:
         """Return the next body, or None while it is not complete. Raises FrameError."""
-        if self._left < 0 and not self._read_header():
-            return None
+        if self._left < 0:
+            # As nearly all are, whole and ASCII: bytes and units are the same.
+            buffer, start = self._buffer, self._start
+            mark = buffer.find(b"#", start, start + MAX_HEADER + 1)
+            if mark > start and (header := buffer[start:mark]).isdigit() and (units := int(header)) <= self._max_units:
+                end = mark + 1 + units
+                body = buffer[mark + 1 : end]
+                if len(body) == units and body.isascii():
+                    self._start = end
+                    return body if type(body) is bytes else bytes(body)
+            if not self._read_header():
+                return None
         buffer = self._buffer
-        end = self._scanned + self._left
-        if self._scanned == self._start and end <= len(buffer):
-            body = buffer[self._start : end]
-            if body.isascii():  # as most are: bytes and units are the same
-                self._start = end
-                self._left = -1
-                return bytes(body)
         while self._left > 0:
             if len(buffer) - self._scanned < self._left:  # a unit is at least one byte
                 return None
@@ -91,8 +87,11 @@ class FrameReader:
         return body
 
     def _read_header(self) -> bool:
-        mark = self._buffer.find(b"#", self._start, self._start + MAX_HEADER + 1)
-        header = self._buffer[self._start : mark if mark >= 0 else self._start + MAX_HEADER + 1]
+        start, buffer = self._start, self._buffer
+        if start == len(buffer):
+            return False
+        mark = buffer.find(b"#", start, start + MAX_HEADER + 1)
+        header = buffer[start : mark if mark >= 0 else start + MAX_HEADER + 1]
         if mark < 0 and len(header) <= MAX_HEADER and (header.isdigit() or not header):
             return False
         if mark < 0 or not header.isdigit():
@@ -184,16 +183,14 @@ class FramedConnection(FlowProtocol):
 
     def put(self, packet: Request | Event | Response) -> None:
         """Put a packet into the next write. Raises RpcException for one that is too large or no JSON."""
-        if self.transport.is_closing():
-            return
         body = self._encode(packet)
-        if len(body) > self._max_units and (units := utf16_units(body)) > self._max_units:
+        units = len(body) if body.isascii() else utf16_units(body)
+        if units > self._max_units:
             message = f"A packet of {units} UTF-16 units exceeds the limit of {self._max_units}."
             status = 500 if isinstance(packet, Response) else 413  # whose fault it is
             raise RpcException({"statusCode": status, "code": "packet-too-large", "message": message})
-        data = frame(body)
-        self._out.append(data)
-        self._out_size += len(data)
+        self._out.append(b"%d#%b" % (units, body))
+        self._out_size += len(body)
         if self._out_size > self._max_unsent:
             self.flush()
         elif not self._pumping and not self._flushing:
@@ -202,12 +199,8 @@ class FramedConnection(FlowProtocol):
 
     def flush(self) -> None:
         """Write all that has gathered, in one call."""
-        self._flushing = False
-        if self._out:
-            data = self._out[0] if len(self._out) == 1 else b"".join(self._out)
-            self._out.clear()
-            self._out_size = 0
-            self.transport.write(data)
+        self._out_size = 0
+        super().flush()
 
     def resume_writing(self) -> None:
         super().resume_writing()

@@ -165,7 +165,7 @@ class KafkaServer(BrokerServer):
         return self.handle(
             packet,
             answer,
-            peer=str(self.address),
+            peer=self.url,
             channel=record.topic,
             route=route,
             headers=headers,

@@ -88,7 +88,7 @@ class KafkaListener(KafkaServer):
             self.packet(record, headers),
             nobody,
             transport=self.scheme,
-            peer=str(self.address),
+            peer=self.url,
             channel=record.topic,
             delivery=delivery,
             route=route,

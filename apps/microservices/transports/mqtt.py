@@ -162,7 +162,7 @@ class MqttServer(BrokerServer):
         packet = with_trace(read_packet(self.decode(message.payload)), headers)
         route = self._topics.find(message.topic)
         facts = {"channel": message.topic, "route": route, "headers": headers, "native": message}
-        return packet, {"peer": str(self.address), **facts}
+        return packet, {"peer": self.url, **facts}
 
     def _take(self, delivery: Delivery | None, connection: MqttConnection, message: Message) -> None:
         connection.acknowledge(message)

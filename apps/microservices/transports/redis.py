@@ -80,7 +80,7 @@ class RedisServer(BrokerServer):
         answer = _Answer(connection, channel, self.encode, counted=not self.options.cluster)
         route = self.dispatcher.routes.get(pattern)
         packet = read_packet(self.decode(body))
-        task = self.handle(packet, answer, peer=str(self.address), channel=channel, route=route, native=connection)
+        task = self.handle(packet, answer, peer=self.url, channel=channel, route=route, native=connection)
         if task is not None:
             answer.task = task
             task.add_done_callback(self._done)

@@ -190,7 +190,7 @@ class StreamsListener(BrokerServer):
             dropped.add(self.dispatcher.service, self.scheme, "no-packet")
             return
         channel = stream.decode().removeprefix(STREAM)
-        task = self.handle(packet, _nobody, peer=str(self.address), channel=channel, delivery="each")
+        task = self.handle(packet, _nobody, peer=self.url, channel=channel, delivery="each")
         if task is not None:
             await asyncio.wait([task])  # which goes on, and closing waits for it, when this is cancelled
 
@@ -222,7 +222,7 @@ class StreamsListener(BrokerServer):
                 await self._bury(key, "it is no packet")
                 return
             channel = key[0].decode().removeprefix(STREAM)
-            task = self.handle(packet, _nobody, peer=str(self.address), channel=channel, delivery="one")
+            task = self.handle(packet, _nobody, peer=self.url, channel=channel, delivery="one")
             failures = await task if task is not None else []
             if not failures:
                 await self._certainly(b"XACK", key[0], self._group, key[1])

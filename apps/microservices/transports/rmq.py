@@ -183,7 +183,7 @@ class RmqServer(AmqpServer):
         task = self.handle(
             packet,
             answer,
-            peer=str(self.address),
+            peer=self.url,
             channel=message.routing_key if route else None,
             route=route,
             headers=message.headers,

@@ -150,7 +150,7 @@ class RmqListener(AmqpServer):
             packet,
             nobody,
             transport=self.scheme,
-            peer=str(self.address),
+            peer=self.url,
             channel=name,
             delivery=delivery,
             route=self._routes[delivery].find(name),

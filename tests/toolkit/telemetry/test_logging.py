@@ -90,7 +90,7 @@ def fields(calls: CallLog, lines: Lines) -> list[dict[str, Any]]:
 
 @pytest.mark.asyncio
 async def test_a_call_is_one_line_with_its_facts(calls: CallLog, lines: Lines) -> None:
-    facts = {"pattern": '{"cmd":"get_user"}', "peer": "10.0.0.1:5", "id": "1a", "transport": "tcp"}
+    facts = {"pattern": '{"cmd":"get_user"}', "peer": "10.0.0.1:5", "raw_id": "1a", "transport": "tcp"}
 
     result = await calls(answer)(SECRET, context(**facts))
 
@@ -304,7 +304,7 @@ def test_an_exception_is_in_the_same_line() -> None:
 
 @pytest.mark.asyncio
 async def test_a_call_is_json_by_its_facts(calls: CallLog, lines: Lines) -> None:
-    await calls(answer)(None, context(pattern="order_created", id=None))
+    await calls(answer)(None, context(pattern="order_created", raw_id=None))
     calls.flush()
 
     line = json.loads(JsonFormatter().format(lines.records[0]))

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from microservices.exceptions import FrameError
-from microservices.transports.frames import MAX_HEADER, FrameReader, frame, utf16_units
+from microservices.transports.frames import MAX_HEADER, FrameReader, utf16_units
+from tests.toolkit.conftest import frame
 
 # Characters of one to four bytes, and those that look like frames.
 TEXTS = (
@@ -36,16 +37,10 @@ def read(reader: FrameReader, pieces: list[bytes]) -> list[bytes]:
     return bodies
 
 
-@given(st.text())
+@given(TEXTS)
 @settings(derandomize=True, max_examples=300, deadline=None)
 def test_units_are_those_of_utf_16(text: str) -> None:
     assert utf16_units(text.encode()) == len(text.encode("utf-16-le")) // 2
-
-
-@given(TEXTS)
-@settings(derandomize=True, max_examples=300, deadline=None)
-def test_a_frame_is_its_length_and_its_text(text: str) -> None:
-    assert frame(text.encode()) == f"{len(text.encode('utf-16-le')) // 2}#{text}".encode()
 
 
 @given(st.lists(TEXTS.filter(bool), max_size=5), st.lists(st.integers(1, 40), min_size=1, max_size=5))

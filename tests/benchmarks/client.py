@@ -1,0 +1,81 @@
+"""The client that is measured, in our words; it says what tests/benchmarks/nest/client.js says, and takes the same."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "apps"))
+
+from microservices import transports
+from microservices.client import Client
+
+PATIENCE = 60
+
+
+class Facts(msgspec.Struct, rename="camel"):
+    """What the command line says."""
+
+    url: str
+    calls: int
+    in_flight: int = 128
+    warm_up: int = 0
+    kind: Literal["send", "emit"] = "send"
+
+
+async def make(client: Client, calls: int, facts: Facts) -> list[float]:
+    """Make so many calls, a number of them at a time; return what each took, in seconds."""
+    pattern = "sum" if facts.url.startswith("kafka") else {"cmd": "sum"}
+    left, took = calls, []
+
+    async def send() -> None:
+        nonlocal left
+        while left > 0:
+            left -= 1
+            number, started = left, time.perf_counter()
+            if facts.kind == "emit":
+                await client.emit("noted", {"n": number})
+            elif await client.send(pattern, [number, 1, 2], timeout=PATIENCE) != number + 3:
+                raise RuntimeError("a wrong answer")
+            took.append(time.perf_counter() - started)
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(facts.in_flight):
+            group.create_task(send())
+    return took
+
+
+async def main(facts: Facts) -> dict[str, Any]:
+    address = transports.parse(facts.url)
+    client = Client("bench", lambda: transports.load(address, "client")(address, "bench"))
+    await make(client, facts.warm_up, facts)
+    gc.freeze()
+    cpu, started = time.process_time(), time.perf_counter()
+    took = await make(client, facts.calls, facts)
+    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+    await client.close()
+    took.sort()
+    return {
+        "calls": facts.calls,
+        "seconds": seconds,
+        "rate": facts.calls / seconds,
+        "cpu": cpu,
+        "p50": took[len(took) // 2] * 1000,
+        "p99": took[len(took) * 99 // 100] * 1000,
+    }
+
+
+if __name__ == "__main__":
+    import uvloop
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        done = runner.run(main(msgspec.json.decode(sys.argv[1], type=Facts)))
+    done["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+    sys.stdout.write(msgspec.json.encode(done).decode() + "\n")

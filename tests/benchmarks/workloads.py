@@ -1,0 +1,18 @@
+"""What can be measured, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+
+from . import tcp
+from .measure import Case
+
+Workload = Callable[[ExitStack], Iterator[Case]]
+"""Starts processes that end with the stack, and yields its cases one after the other."""
+
+WORKLOADS: Mapping[str, Workload] = {
+    "tcp": tcp.server,
+    "tcp-client": tcp.client,
+    "tcp-events": tcp.events,
+}
