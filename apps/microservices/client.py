@@ -38,6 +38,7 @@ _GRACE = 1.0
 class _Bound(NamedTuple):
     """A client's connection on one event loop, with the middlewares folded around its verbs."""
 
+    loop: Loop
     proxy: ClientProxy
     send: Endpoint
     stream: Endpoint
@@ -64,6 +65,7 @@ class Client:
         self._source = source
         self._middlewares = middlewares
         self._per_loop: WeakKeyDictionary[Loop, _Bound] = WeakKeyDictionary()
+        self._latest: _Bound | None = None
         # Routes by the pattern's JSON. Bounded: a caller may build patterns from data.
         self._routes: dict[bytes, str] = {}
         self._decoders: dict[Any, codec.Decoder] = {}
@@ -164,6 +166,7 @@ class Client:
     async def close(self) -> None:
         """Close the connection of the running loop."""
         bound = self._per_loop.pop(asyncio.get_running_loop(), None)
+        self._latest = None
         if bound is not None:
             await bound.proxy.close()
 
@@ -173,6 +176,9 @@ class Client:
 
     def _bound(self) -> _Bound:
         loop = asyncio.get_running_loop()
+        bound = self._latest
+        if bound is not None and bound.loop is loop:
+            return bound
         bound = self._per_loop.get(loop)
         if bound is None:
             proxy = self._connect()
@@ -181,7 +187,8 @@ class Client:
                 return proxy.stream(data, context)
 
             send, stream_, emit = (chain(verb, self._middlewares) for verb in (proxy.send, stream, proxy.emit))
-            bound = self._per_loop[loop] = _Bound(proxy, send, stream_, emit)
+            bound = self._per_loop[loop] = _Bound(loop, proxy, send, stream_, emit)
+        self._latest = bound
         return bound
 
     def _context(self, proxy: ClientProxy, pattern: Any, metadata: Metadata, options: Options) -> RpcContext:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import random
+import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import suppress
@@ -18,6 +19,7 @@ from msgspec import UNSET, Raw
 
 from ..codec import UNENCODABLE, Codec, encode, not_json
 from ..context import NO_HEADERS, RpcContext
+from ..deadlines import Deadlines
 from ..dispatcher import Dispatcher, Replier, Route
 from ..exceptions import (
     ConfigurationError,
@@ -305,6 +307,8 @@ class ClientProxy(Peer):
         self._opening: asyncio.Task[None] | None = None
         self._failure = ""
         self._was_connected = False
+        self._loop = asyncio.get_running_loop()
+        self._deadlines = Deadlines(self._loop, self._expire)
         self._pending: dict[str, Call | Stream] = {}
         # Unique across processes, so that one id finds a call in the logs of both sides.
         self._prefix = os.urandom(self.id_bytes).hex()
@@ -316,8 +320,11 @@ class ClientProxy(Peer):
         """Connect once. Raises Unavailable, OSError or TimeoutError."""
 
     @abstractmethod
-    async def publish(self, request: Request, context: RpcContext) -> None:
-        """Hand over a request to `context.pattern`, as `context.record` tells. Its answers come by `receive`."""
+    def publish(self, request: Request, context: RpcContext) -> Awaitable[None] | None:
+        """Hand over a request to `context.pattern`, as `context.record` tells. Its answers come by `receive`.
+
+        Gives what to wait for where that takes its time; most are an `async def`.
+        """
 
     @abstractmethod
     async def dispatch_event(self, event: Event, context: RpcContext) -> None:
@@ -344,7 +351,7 @@ class ClientProxy(Peer):
         if self.status is not Status.CONNECTED:
             if self._opening is None:
                 # It belongs to none of those who wait: neither their context nor their cancellation is its own.
-                self._opening = asyncio.get_running_loop().create_task(self._connect(), context=Context())
+                self._opening = self._loop.create_task(self._connect(), context=Context())
             await asyncio.wait([self._opening])
             self._check_connected()
         congestion = self.congestion()
@@ -404,22 +411,22 @@ class ClientProxy(Peer):
 
         Raises RpcException: the handler's error, NoHandler, Unavailable or DeadlineExceeded.
         """
-        await self._until_ready(context)
-        call = Call(asyncio.get_running_loop().create_future())
-        timer = self._give_up_at_deadline(call, context)
+        if not self._usable(context):
+            await self._until_ready(context)
+        call = Call(self._loop.create_future())
         context.id = id = self._enter(call)
+        tick = None if context.deadline is None else self._deadlines.add(context.deadline, call)
         try:
-            await self.publish(self._request(data, context, id), context)
+            handing_over = self.publish(self._request(data, context, id), context)
+            if handing_over is not None:
+                await handing_over
             return await call.future
-        except asyncio.CancelledError:
-            self.abandon(id)
-            raise
-        except DeadlineExceeded:
+        except (asyncio.CancelledError, DeadlineExceeded):
             self.abandon(id)
             raise
         finally:
-            if timer is not None:
-                timer.cancel()
+            if tick is not None:
+                tick.discard(call)
             self._pending.pop(id, None)
 
     async def stream(self, data: Any, context: RpcContext) -> AsyncGenerator[Raw]:
@@ -427,11 +434,14 @@ class ClientProxy(Peer):
 
         Raises as `send`, also when the values are taken too slowly for the bounded buffer.
         """
-        await self._until_ready(context)
+        if not self._usable(context):
+            await self._until_ready(context)
         inbox = Stream(self.max_buffered_values)
         context.id = id = self._enter(inbox)
         try:
-            await self.publish(self._request(data, context, id), context)
+            handing_over = self.publish(self._request(data, context, id), context)
+            if handing_over is not None:
+                await handing_over
             while True:
                 wait = min((w for w in (context.patience, context.remaining()) if w is not None), default=None)
                 try:
@@ -449,7 +459,8 @@ class ClientProxy(Peer):
 
     async def emit(self, data: Any, context: RpcContext) -> None:
         """Hand over an event. Raises Unavailable or DeadlineExceeded when it was not handed over."""
-        await self._until_ready(context)
+        if not self._usable(context):
+            await self._until_ready(context)
         try:
             async with asyncio.timeout(context.remaining()):
                 event = Event(context.raw_pattern, data, context.metadata or UNSET)
@@ -488,14 +499,16 @@ class ClientProxy(Peer):
         for call in waiting.values():
             call.fail(error)
 
-    async def _until_ready(self, context: RpcContext) -> None:
+    def _usable(self, context: RpcContext) -> bool:
+        """Return whether a call can be handed over at once. Raises RpcException where it cannot be at all."""
         context.check_deadline()
         if self.status is Status.CLOSED:
             raise Unavailable(f"The client of {self.service} is closed.", code="closed")
         if len(self._pending) >= self.max_pending:
             raise Unavailable(f"Too many calls to {self.service} wait for an answer.", code="overloaded")
-        if self.ready():
-            return
+        return self.ready()
+
+    async def _until_ready(self, context: RpcContext) -> None:
         try:
             async with asyncio.timeout(context.remaining()):
                 await self.connect()
@@ -509,15 +522,11 @@ class ClientProxy(Peer):
         return id
 
     def _request(self, data: Any, context: RpcContext, id: str) -> Request:
-        remaining = context.remaining()
         metadata = context.metadata
-        if remaining is not None:
-            metadata = {**metadata, "deadline": str(int(remaining * 1000))}
+        if context.deadline is not None:
+            left = max(0.0, context.deadline - time.monotonic())
+            metadata = {**metadata, "deadline": str(int(left * 1000))}
         return Request(context.raw_pattern, data, metadata or UNSET, id)
 
-    def _give_up_at_deadline(self, call: Call, context: RpcContext) -> asyncio.TimerHandle | None:
-        remaining = context.remaining()
-        if remaining is None:
-            return None
-        error = DeadlineExceeded(f"{self.service} did not answer in time.")
-        return asyncio.get_running_loop().call_later(remaining, call.fail, error)
+    def _expire(self, call: Call) -> None:
+        call.fail(DeadlineExceeded(f"{self.service} did not answer in time."))

@@ -134,7 +134,7 @@ class RedisClient(RedisProxy):
         super().__init__(address, service)
         self._channels: dict[str, asyncio.Future[None]] = {}
 
-    async def publish(self, request: Request, context: RpcContext) -> None:
+    def publish(self, request: Request, context: RpcContext) -> None:
         connection, route = self.live(), context.pattern
         body = self.encode(request)
         sent = partial(self._sent, request.id, route)
