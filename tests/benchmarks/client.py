@@ -52,18 +52,34 @@ async def make(client: Client, calls: int, facts: Facts) -> list[float]:
     return took
 
 
+async def heard(client: Client, facts: Facts) -> int:
+    """Return how many events the server has heard; 0 where none are sent."""
+    return int(await client.send("count", None)) if facts.kind == "emit" else 0
+
+
+async def until_heard(client: Client, facts: Facts, count: int) -> None:
+    """Wait until the server has heard so many."""
+    async with asyncio.timeout(PATIENCE):
+        while facts.kind == "emit" and await heard(client, facts) < count:  # noqa: ASYNC110 - it is in another process
+            await asyncio.sleep(0.01)
+
+
 async def main(facts: Facts) -> dict[str, Any]:
     address = transports.parse(facts.url)
     client = Client("bench", lambda: transports.load(address, "client")(address, "bench"))
+    before = await heard(client, facts) + facts.warm_up
     await make(client, facts.warm_up, facts)
+    await until_heard(client, facts, before)
     gc.freeze()
     cpu, started = time.process_time(), time.perf_counter()
     took = await make(client, facts.calls, facts)
+    await until_heard(client, facts, before + facts.calls)
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
     await client.close()
     took.sort()
     return {
         "calls": facts.calls,
+        "made": facts.warm_up + facts.calls,
         "seconds": seconds,
         "rate": facts.calls / seconds,
         "cpu": cpu,

@@ -80,7 +80,7 @@ def served(server: Process, load: Callable[[int], dict[str, Any]]) -> Run:
             raise RuntimeError(f"{server.name}: {made['failed']} of {made['calls']} calls failed")
         return Sample(
             rate=made["calls"] / made["seconds"],
-            cpu=cpu / made["calls"] * 1e6,
+            cpu=cpu / made.get("made", made["calls"]) * 1e6,
             load=made["cpu"] / made["seconds"],
             memory=server.memory,
             p50=made.get("p50"),

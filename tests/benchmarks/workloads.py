@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 
-from . import tcp
+from . import brokers, tcp
 from .measure import Case
 
 Workload = Callable[[ExitStack], Iterator[Case]]
@@ -15,4 +15,5 @@ WORKLOADS: Mapping[str, Workload] = {
     "tcp": tcp.server,
     "tcp-client": tcp.client,
     "tcp-events": tcp.events,
+    **brokers.WORKLOADS,
 }

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from msgspec import UNSET
 
 from .. import codec
 from ..context import RpcContext
-from ..dispatcher import Dispatcher
+from ..dispatcher import Dispatcher, Route
 from ..exceptions import PacketError, RpcException, Unavailable
 from ..instruments import dropped
 from ..packets import Event, Request, Response
 from . import Address
 from .base import BrokerServer
 from .envelope import read_packet
-from .resp import RedisOptions, RedisProxy, RespConnection, open_connection
+from .resp import RedisError, RedisOptions, RedisProxy, RespConnection, open_connection
 
 _REPLY = b".reply"
 
@@ -42,6 +42,7 @@ class RedisServer(BrokerServer):
     def __init__(self, address: Address, dispatcher: Dispatcher) -> None:
         super().__init__(address, dispatcher)
         self._connection: RespConnection | None = None
+        self._doors: dict[bytes, _Door] = {}
 
     async def subscribe(self) -> None:
         connection = self._connection = await open_connection(self.address, self.options, self._on_push)
@@ -67,20 +68,27 @@ class RedisServer(BrokerServer):
         return self._connection
 
     def _on_push(self, push: list[Any]) -> None:
-        if self._connection is None:
+        connection = self._connection
+        if connection is None:
             return
         if push[0] == b"message":
-            channel = push[1].decode("utf-8", "replace")
-            self._take(self._connection, channel, channel, push[2])
-        elif push[0] == b"pmessage" and not push[2].endswith(_REPLY):  # our own answers, to a pattern as `users.*`
-            pattern, channel = (name.decode("utf-8", "replace") for name in push[1:3])
-            self._take(self._connection, pattern, channel, push[3])
+            _, name, body = push
+            # No channel comes that was not subscribed to.
+            door = self._doors.get(name) or self._doors.setdefault(name, self._door(name, name))
+            self._take(connection, door, body)
+        elif push[0] == b"pmessage":
+            _, pattern, name, body = push
+            if not name.endswith(_REPLY):  # our own answers, to a pattern as `users.*`
+                self._take(connection, self._door(pattern, name), body)
 
-    def _take(self, connection: RespConnection, pattern: str, channel: str, body: bytes) -> None:
-        answer = _Answer(connection, channel, self.encode, counted=not self.options.cluster)
-        route = self.dispatcher.routes.get(pattern)
+    def _door(self, pattern: bytes, name: bytes) -> _Door:
+        route = self.dispatcher.routes.get(pattern.decode("utf-8", "replace"))
+        return _Door(name.decode("utf-8", "replace"), name + _REPLY, route)
+
+    def _take(self, connection: RespConnection, door: _Door, body: bytes) -> None:
+        answer = _Answer(self, connection, door.reply)
         packet = read_packet(self.decode(body))
-        task = self.handle(packet, answer, peer=self.url, channel=channel, route=route, native=connection)
+        task = self.handle(packet, answer, peer=self.url, channel=door.channel, route=door.route, native=connection)
         if task is not None:
             answer.task = task
             task.add_done_callback(self._done)
@@ -93,27 +101,32 @@ class RedisServer(BrokerServer):
             self._connection.release()
 
 
+class _Door(NamedTuple):
+    """A channel that messages come by: its name, where answers go, and the route behind it."""
+
+    channel: str
+    reply: bytes
+    route: Route | None
+
+
 class _Answer:
     """Publishes the packets of one answer, as long as anybody listens."""
 
-    __slots__ = ("_channel", "_connection", "_counted", "_encode", "task")
+    __slots__ = ("_channel", "_connection", "_server", "task")
 
-    def __init__(
-        self, connection: RespConnection, channel: str, encode: Callable[[Response], bytes], *, counted: bool
-    ) -> None:
+    def __init__(self, server: RedisServer, connection: RespConnection, channel: bytes) -> None:
+        self._server = server
         self._connection = connection
-        self._counted = counted
-        self._encode = encode
-        self._channel = channel.encode() + _REPLY
+        self._channel = channel
         self.task: asyncio.Task[Any] | None = None
 
     def __call__(self, response: Response) -> Awaitable[None] | None:
-        body = self._encode(response)
-        if response.is_disposed is UNSET and self._counted:
-            self._connection.command(b"PUBLISH", self._channel, body).add_done_callback(self._published)
+        connection, body = self._connection, self._server.encode(response)
+        if response.is_disposed is UNSET and not self._server.options.cluster:
+            connection.command(b"PUBLISH", self._channel, body).add_done_callback(self._published)
         else:
-            self._connection.post(b"PUBLISH", self._channel, body)
-        congestion = self._connection.congestion()
+            connection.publish(self._channel, body)
+        congestion = connection.congestion()
         return None if congestion is None else asyncio.shield(congestion)
 
     def _published(self, heard: asyncio.Future[int]) -> None:
@@ -137,7 +150,6 @@ class RedisClient(RedisProxy):
     def publish(self, request: Request, context: RpcContext) -> None:
         connection, route = self.live(), context.pattern
         body = self.encode(request)
-        sent = partial(self._sent, request.id, route)
         subscribed = self._channels.pop(route, None)
         if subscribed is None:
             self._make_room(connection)
@@ -145,8 +157,8 @@ class RedisClient(RedisProxy):
         self._channels[route] = subscribed  # the last one used stands last
         if not subscribed.done():
             # Nobody waits for it: Redis takes the commands of a connection in their order.
-            subscribed.add_done_callback(sent)
-        connection.command(b"PUBLISH", route.encode(), body).add_done_callback(sent)
+            subscribed.add_done_callback(partial(self._subscribed, request.id, route))
+        connection.publish(route.encode(), body, partial(self._heard, request.id))
 
     async def dispatch_event(self, event: Event, context: RpcContext) -> None:
         heard = await self.live().command(b"PUBLISH", context.pattern.encode(), self.encode(event))
@@ -171,12 +183,17 @@ class RedisClient(RedisProxy):
             del self._channels[oldest]
             connection.command(b"UNSUBSCRIBE", oldest.encode() + _REPLY, pushes=1)
 
-    def _sent(self, id: str, route: str, reply: asyncio.Future[int | None]) -> None:
+    def _subscribed(self, id: str, route: str, reply: asyncio.Future[None]) -> None:
         error = reply.exception()
         if isinstance(error, RpcException):
             if self._channels.get(route) is reply:
                 del self._channels[route]
             self.fail(id, error)
-        elif reply.result() == 0 and not self.options.cluster:
-            # NestJS ignores this number, and its callers wait for ever.
-            self.fail(id, Unavailable(f"Nobody listens for {self.service} on {self.address}."))
+
+    def _heard(self, id: str, by: int | RedisError) -> None:
+        if isinstance(by, RedisError):
+            self.fail(id, by)
+        elif not by and not self.options.cluster:
+            # NestJS ignores this number, and its callers wait for ever. Soon, after what is told of the subscription.
+            nobody = Unavailable(f"Nobody listens for {self.service} on {self.address}.")
+            self._loop.call_soon(self.fail, id, nobody)

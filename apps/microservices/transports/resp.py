@@ -32,14 +32,22 @@ class RedisError(RpcException):
         super().__init__({"statusCode": 503, "code": "redis", "message": message})
 
 
+Heard = Callable[[int | RedisError], None]
+"""Told how many have got a message, or why nobody has."""
+
+
 class _Reply:
     """The place of a command in the order of replies; `pushes` is how many messages answer it instead."""
 
-    __slots__ = ("future", "pushes")
+    __slots__ = ("future", "heard", "pushes")
 
-    def __init__(self, future: asyncio.Future[Any] | None, pushes: int) -> None:
+    def __init__(self, future: asyncio.Future[Any] | None, pushes: int = 0, heard: Heard | None = None) -> None:
         self.future = future
         self.pushes = pushes
+        self.heard = heard
+
+
+_UNHEARD = _Reply(None)
 
 
 class RespConnection(FlowProtocol):
@@ -90,10 +98,14 @@ class RespConnection(FlowProtocol):
         await asyncio.wait([self.ended], timeout=1)
         self.transport.abort()
 
-    def post(self, *parts: bytes) -> None:
-        """Send a command whose reply nobody needs, with the others of this turn of the loop."""
-        if not self.ended.done():
-            self._send(parts, _Reply(None, 0))
+    def publish(self, channel: bytes, message: bytes, heard: Heard | None = None) -> None:
+        """Publish a message, with the commands of this turn of the loop; `heard` is not called where that is lost."""
+        if self.ended.done():
+            return
+        self._replies.append(_UNHEARD if heard is None else _Reply(None, heard=heard))
+        self.write(
+            b"*3\r\n$7\r\nPUBLISH\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n" % (len(channel), channel, len(message), message)
+        )
 
     def command(self, *parts: bytes, pushes: int = 0) -> asyncio.Future[Any]:
         """Send a command; the future holds its reply, a RedisError or a ConnectionLost.
@@ -121,16 +133,20 @@ class RespConnection(FlowProtocol):
 
     def _send(self, parts: tuple[bytes, ...], reply: _Reply) -> None:
         self._replies.append(reply)
-        self.write(b"*%d\r\n" % len(parts), *(b"$%d\r\n%b\r\n" % (len(part), part) for part in parts))
+        self.write(b"*%d\r\n" % len(parts), *[b"$%d\r\n%b\r\n" % (len(part), part) for part in parts])
 
     def _settle(self, reply: Any) -> None:
-        waiting = self._replies.popleft().future if self._replies else None
-        if waiting is None or waiting.done():
+        waiting = self._replies.popleft() if self._replies else _UNHEARD
+        if waiting is _UNHEARD:
             return
-        if isinstance(reply, hiredis.ReplyError):
-            waiting.set_exception(RedisError(str(reply)))
-        else:
-            waiting.set_result(reply)
+        error = RedisError(str(reply)) if isinstance(reply, hiredis.ReplyError) else None
+        if waiting.heard is not None:
+            waiting.heard(reply if error is None else error)
+        elif waiting.future is not None and not waiting.future.done():
+            if error is None:
+                waiting.future.set_result(reply)
+            else:
+                waiting.future.set_exception(error)
 
     def _count_down(self) -> None:
         # Redis answers in order here, too, so these messages belong to the command at the head; an error
