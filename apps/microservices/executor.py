@@ -6,9 +6,10 @@ import asyncio
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import Context, ContextVar
 from typing import Any, TypeVar
 
@@ -18,6 +19,12 @@ from .exceptions import DeadlineExceeded, Unavailable
 T = TypeVar("T")
 UnitOfWork = Callable[[RpcContext], AbstractContextManager[Any]]
 """A hook around each handler, inside its thread: database connections, transactions."""
+Work = Callable[[Callable[[], Any], RpcContext], Any]
+
+_LINGER = 0.05
+"""Seconds for which a thread waits for its next job before it goes back to the pool, which costs more."""
+_GLANCE = 0.01
+"""Seconds from one look at the threads to the next, while their end is waited for."""
 
 lender: ContextVar[Lender | None] = ContextVar("microservices.lender", default=None)
 """The waiting thread that runs the `def` handlers which this call leads to."""
@@ -34,10 +41,17 @@ class Executor:
 
     def __init__(self, size: int = 16, *, limit: int = 1000, units_of_work: Sequence[UnitOfWork] = ()) -> None:
         self._pool = ThreadPoolExecutor(size, thread_name_prefix="handler")
-        self._limit = limit
         self._size = size
-        self._unfinished: set[Future[None]] = set()
-        self._work: Callable[[Callable[[], Any], RpcContext], Any] = lambda call, context: call()
+        self._room = limit + size
+        # No locks: each step is one operation of a container, and who adds looks again afterwards.
+        self._jobs: deque[Job] = deque()
+        self._unfinished: set[Job] = set()
+        # The bells of the threads that linger, after a None for each that is not at work at all.
+        self._free: list[threading.Lock | None] = [None] * size
+        self._waking = False
+        self._closed = False
+        self._returns: Returns | None = None
+        self._work: Work = lambda call, context: call()
         for unit in reversed(units_of_work):
             self._work = _inside(unit, self._work)
 
@@ -46,26 +60,85 @@ class Executor:
 
         Raises Unavailable when too many wait already, DeadlineExceeded when its turn comes too late.
         """
-        job = Job(self._work, call, context)
+        returns, loop = self._returns, asyncio.get_running_loop()
+        if returns is None or returns.loop is not loop:
+            returns = self._returns = Returns(loop)
+        job = Job(self._work, call, context, returns)
         waiting = lender.get()
         if waiting is None or not waiting.lend(job):
-            self.submit(job)
-        return await job.future  # type: ignore[no-any-return]
+            self._submit(job)
+        try:
+            return await job.future  # type: ignore[no-any-return]
+        finally:
+            job.forget()
 
-    def submit(self, job: Job) -> None:
-        """Queue a job for the pool. Raises Unavailable when too many wait already."""
+    def _submit(self, job: Job) -> None:
         # What its caller has given up counts until a thread has passed it: threads that hang must not
         # let the queue grow.
-        if len(self._unfinished) >= self._limit + self._size:
+        if len(self._unfinished) >= self._room:
             raise Unavailable("Too many calls are waiting for a thread.", code="overloaded")
+        if self._closed:
+            raise Unavailable("No more calls are taken.", code="closed")
+        self._unfinished.add(job)
+        self._jobs.append(job)
+        self._wake()
+
+    def _wake(self) -> None:
+        # One thread at a time, which wakes the next: many jobs of one moment wake as many as get to run.
+        if self._waking or not self._jobs:
+            return
         try:
-            waiting = self._pool.submit(job)
-        except RuntimeError as error:
-            raise Unavailable("No more calls are taken.", code="closed") from error
-        self._unfinished.add(waiting)
-        waiting.add_done_callback(self._unfinished.discard)
-        waiting.add_done_callback(job.drop)
-        job.future.add_done_callback(job.forget)
+            bell = self._free.pop()
+        except IndexError:
+            return  # all are at work, and look for more before they rest
+        self._waking = True
+        if bell is not None:
+            bell.release()
+            return
+        try:
+            self._pool.submit(self._serve)
+        except RuntimeError:  # closed meanwhile, or the system has no more threads
+            self._waking = False
+            self._free.insert(0, None)
+            self._refuse()
+
+    def _serve(self) -> None:
+        bell = threading.Lock()
+        bell.acquire()
+        while True:
+            self._waking = False
+            self._take_turns()
+            self._free.append(bell)
+            self._wake()
+            if not bell.acquire(timeout=_LINGER):
+                try:
+                    self._free.remove(bell)
+                except ValueError:
+                    bell.acquire()  # it was rung at the last moment
+                else:
+                    break
+        if len(self._free) < self._size:  # the pool may start late what it once could not
+            self._free.insert(0, None)
+        self._wake()
+
+    def _take_turns(self) -> None:
+        while True:
+            try:
+                job = self._jobs.popleft()
+            except IndexError:
+                return
+            self._wake()
+            job()
+            self._unfinished.discard(job)
+
+    def _refuse(self) -> None:
+        while True:
+            try:
+                job = self._jobs.popleft()
+            except IndexError:
+                return
+            job.refuse()
+            self._unfinished.discard(job)
 
     @property
     def busy(self) -> bool:
@@ -78,19 +151,18 @@ class Executor:
         A handler whose caller has given up is waited for here alone: its task has ended long ago.
         """
         end = time.monotonic() + grace
-        while self._unfinished and time.monotonic() < end:
-            running = [asyncio.wrap_future(future) for future in list(self._unfinished)]
-            await asyncio.wait(running, timeout=end - time.monotonic())
+        while self._unfinished and time.monotonic() < end:  # noqa: ASYNC110 - to be told would cost every message
+            await asyncio.sleep(_GLANCE)
         return not self._unfinished
 
     def close(self) -> None:
         """Let running handlers finish and start no more; those that wait fail with Unavailable."""
+        self._closed = True
+        self._refuse()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _inside(
-    unit: UnitOfWork, work: Callable[[Callable[[], Any], RpcContext], Any]
-) -> Callable[[Callable[[], Any], RpcContext], Any]:
+def _inside(unit: UnitOfWork, work: Work) -> Work:
     def run(call: Callable[[], Any], context: RpcContext) -> Any:
         with unit(context):
             return work(call, context)
@@ -98,19 +170,47 @@ def _inside(
     return run
 
 
+class Returns:
+    """The way of outcomes back to an event loop: all that threads leave before it comes share one call."""
+
+    __slots__ = ("_called", "_outcomes", "loop")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._outcomes: deque[tuple[asyncio.Future[Any], Any, BaseException | None]] = deque()
+        self._called = False
+
+    def put(self, future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
+        """Leave the outcome of a call for its loop, from any thread."""
+        self._outcomes.append((future, result, error))
+        if not self._called:
+            self._called = True
+            with suppress(RuntimeError):  # the loop has closed, and with it whoever waited
+                self.loop.call_soon_threadsafe(self._take)
+
+    def _take(self) -> None:
+        self._called = False  # before the first look: what is left from here on calls again
+        while self._outcomes:
+            future, result, error = self._outcomes.popleft()
+            if future.done():
+                continue
+            if error is None:
+                future.set_result(result)
+            else:
+                future.set_exception(error)
+
+
 class Job:
     """One handler call on its way to a thread; its outcome arrives on the loop that made it."""
 
-    __slots__ = ("_call", "_context", "_loop", "_work", "future")
+    __slots__ = ("_call", "_context", "_returns", "_work", "future")
 
-    def __init__(
-        self, work: Callable[[Callable[[], Any], RpcContext], Any], call: Callable[[], Any], context: RpcContext
-    ) -> None:
+    def __init__(self, work: Work, call: Callable[[], Any], context: RpcContext, returns: Returns) -> None:
         self._work = work
         self._call: Callable[[], Any] | None = call
         self._context = context
-        self._loop = asyncio.get_running_loop()
-        self.future: asyncio.Future[Any] = self._loop.create_future()
+        self._returns = returns
+        self.future: asyncio.Future[Any] = returns.loop.create_future()
 
     def __call__(self) -> None:
         call = self._call
@@ -125,18 +225,13 @@ class Job:
             error = RuntimeError(f"a handler raised StopIteration: {stop}")
         except BaseException as raised:  # noqa: BLE001 - it is raised again where it is awaited
             error = raised
-        try:
-            self._loop.call_soon_threadsafe(self._settle, result, error)
-        except RuntimeError:
-            return  # the loop has closed, and with it whoever waited
+        self._returns.put(self.future, result, error)
 
-    def drop(self, waiting: Future[None]) -> None:
-        """Tell the caller when the pool was closed before the job's turn came."""
-        if waiting.cancelled():
-            error = Unavailable("The call was not started.", code="closed")
-            self._loop.call_soon_threadsafe(self._settle, None, error)
+    def refuse(self) -> None:
+        """Tell the caller that the pool was closed before the job's turn came."""
+        self._returns.put(self.future, None, Unavailable("The call was not started.", code="closed"))
 
-    def forget(self, _: asyncio.Future[Any]) -> None:
+    def forget(self) -> None:
         """Let go of the payload when it is needed no more, though the job may still wait in the queue."""
         self._call = None
 
@@ -145,14 +240,6 @@ class Job:
         _lends.set(True)
         self._context.check_deadline()
         return self._work(call, self._context)
-
-    def _settle(self, result: Any, error: BaseException | None) -> None:
-        if self.future.done():
-            return
-        if error is None:
-            self.future.set_result(result)
-        else:
-            self.future.set_exception(error)
 
 
 class Lender:

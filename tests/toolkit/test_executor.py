@@ -1,11 +1,14 @@
 """The thread pool of the `def` handlers."""
 
 import asyncio
+import gc
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
+from random import Random
 from typing import Any
 
 import pytest
@@ -202,6 +205,142 @@ async def test_closing_refuses_what_has_not_started_and_finishes_what_has(gate: 
             await waiting
         with pytest.raises(Unavailable):
             await executor.run(lambda: "later", context())
+
+
+@pytest.mark.asyncio
+async def test_an_executor_that_nobody_holds_any_more_ends_its_threads() -> None:
+    executor, together = Executor(4), threading.Barrier(4)
+
+    def meet() -> threading.Thread:
+        together.wait(PATIENCE)
+        return threading.current_thread()
+
+    threads = await asyncio.gather(*(executor.run(meet, context()) for _ in range(4)))
+    del executor
+    gc.collect()
+    for thread in threads:
+        await asyncio.to_thread(thread.join, PATIENCE)
+
+    assert [thread.is_alive() for thread in threads] == [False] * 4
+
+
+# Many at a time
+
+
+@pytest.mark.asyncio
+async def test_calls_of_one_moment_run_on_as_many_threads_as_there_are() -> None:
+    together = threading.Barrier(8)
+    executor = Executor(8)
+
+    async with asyncio.timeout(PATIENCE):
+        await asyncio.gather(*(executor.run(together.wait, context()) for _ in range(64)))
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("place", [0, 10, 19])
+async def test_a_slow_call_holds_up_no_other(place: int, gate: threading.Event) -> None:
+    executor = Executor(2)
+
+    def work(number: int) -> int:
+        if number == place:
+            gate.wait(PATIENCE)
+        return number
+
+    calls = [asyncio.create_task(executor.run(partial(work, number), context())) for number in range(20)]
+    slow = calls.pop(place)
+    async with asyncio.timeout(PATIENCE):
+        answers = await asyncio.gather(*calls)
+        waited = not slow.done()
+        gate.set()
+        answers.insert(place, await slow)
+
+    assert waited
+    assert answers == list(range(20))
+
+
+@pytest.mark.asyncio
+async def test_outcomes_that_the_loop_has_not_fetched_yet_come_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    executor, loop, last = Executor(1), asyncio.get_running_loop(), threading.Event()
+    wake, woken = loop.call_soon_threadsafe, []
+
+    def counted(*call: Any, **options: Any) -> asyncio.Handle:
+        woken.append(call)
+        return wake(*call, **options)
+
+    monkeypatch.setattr(loop, "call_soon_threadsafe", counted)
+    calls = [asyncio.create_task(executor.run(partial(str, number), context())) for number in range(100)]
+    calls.append(asyncio.create_task(executor.run(last.set, context())))
+    await asyncio.sleep(0)
+    last.wait(PATIENCE)  # the loop stands still meanwhile
+    answers = await asyncio.gather(*calls)
+
+    assert answers == [*map(str, range(100)), None]
+    assert 1 <= len(woken) <= 2  # the last outcome may come just after
+
+
+@pytest.mark.asyncio
+async def test_no_call_is_lost_when_threads_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("microservices.executor._LINGER", 0.0001)
+    executor, random = Executor(3), Random(7)
+
+    async with asyncio.timeout(PATIENCE):
+        for _ in range(500):
+            number = random.randrange(1, 6)
+            calls = (executor.run(threading.get_ident, context()) for _ in range(number))
+            assert len(await asyncio.gather(*calls)) == number
+            await asyncio.sleep(random.random() / 5000)
+        assert await executor.idle(PATIENCE)
+
+
+def test_two_loops_may_share_the_threads() -> None:
+    executor = Executor(2)
+
+    async def ask(first: int) -> list[int]:
+        numbers = range(first, first + 500)
+        return await asyncio.gather(*(executor.run(partial(abs, -number), context()) for number in numbers))
+
+    with ThreadPoolExecutor(2) as loops:
+        answers = list(loops.map(lambda first: asyncio.run(ask(first)), (0, 1000)))
+
+    assert answers == [list(range(500)), list(range(1000, 1500))]
+
+
+def test_a_call_that_outlives_its_loop_hurts_no_later_one(gate: threading.Event) -> None:
+    executor, started = Executor(1), threading.Event()
+
+    def slow() -> None:
+        started.set()
+        gate.wait(PATIENCE)
+
+    async def give_up() -> None:
+        call = asyncio.create_task(executor.run(slow, context()))
+        await asyncio.to_thread(started.wait, PATIENCE)
+        call.cancel()
+
+    async def ask() -> tuple[str, bool]:
+        return await executor.run(lambda: "answer", context()), await executor.idle(PATIENCE)
+
+    asyncio.run(give_up())
+    busy = executor.busy
+    gate.set()
+
+    assert busy
+    assert asyncio.run(ask()) == ("answer", True)
+
+
+@pytest.mark.asyncio
+async def test_a_thread_that_cannot_be_started_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    executor = Executor(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        with pytest.raises(Unavailable):
+            await executor.run(lambda: None, context())
+
+    async with asyncio.timeout(PATIENCE):
+        assert await executor.run(lambda: "answer", context()) == "answer"
 
 
 # Nested calls

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from weakref import ReferenceType, ref
 
 import pytest
 from django.contrib.admin.models import LogEntry
@@ -20,7 +23,8 @@ from microservices.db import ServiceRouter, fresh_connections
 from microservices.dispatcher import Dispatcher
 from microservices.executor import Executor
 from microservices.handlers import Handler
-from microservices.transports.local import LocalClient
+from microservices.transports import Address, parse
+from microservices.transports.tcp import TcpClient, TcpServer
 from users.models import User
 
 Scratch = Callable[..., str]
@@ -133,9 +137,42 @@ def test_an_old_connection_inside_a_transaction_is_left_alone(connection: Any) -
     assert during is after is not None
 
 
-@pytest.mark.parametrize(("seconds", "opened_for_each"), [(600, False), (0, True)])
+@pytest.mark.parametrize("opened", ["before the first message", "in a message"])
+def test_a_new_threads_connections_are_looked_after(scratch: Scratch, opened: str) -> None:
+    alias = scratch()
+
+    def work() -> tuple[bool, bool]:
+        connection = connections[alias]
+        if opened == "before the first message":
+            connection.ensure_connection()
+        with fresh_connections(CONTEXT):
+            connection.ensure_connection()
+            before = connection.connection is not None
+            too_old(connection)
+        return before, connection.connection is None
+
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(work).result(10) == (True, True)
+
+
+def test_a_connection_of_a_thread_that_runs_no_handlers_is_not_kept(scratch: Scratch) -> None:
+    alias = scratch()
+
+    def work() -> ReferenceType[Any]:
+        connections[alias].ensure_connection()
+        connections[alias].close()
+        mine = ref(connections[alias])
+        del connections[alias]
+        gc.collect()
+        return mine
+
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(work).result(10)() is None
+
+
+@pytest.mark.parametrize(("seconds", "messages", "expected"), [(600, 10_000, 4), (0, 500, 500)])
 def test_messages_share_the_connections_of_the_pools_threads(
-    scratch: Scratch, seconds: int, opened_for_each: bool
+    scratch: Scratch, seconds: int, messages: int, expected: int
 ) -> None:
     alias = scratch(CONN_MAX_AGE=seconds)
     with connections[alias].schema_editor() as editor:
@@ -149,19 +186,30 @@ def test_messages_share_the_connections_of_the_pools_threads(
             together.wait()  # so that each thread of the pool has had a message
         return User.objects.using(alias).count()
 
-    async def ask(messages: int) -> list[int]:
-        async with asyncio.timeout(20):
-            return list(await asyncio.gather(*(client.send("count", number) for number in range(messages))))
-
     def note(connection: Any, **_: Any) -> None:
         opened.append(connection)
 
     executor = Executor(4, units_of_work=[fresh_connections])
-    dispatcher = Dispatcher("shop", [Handler(count)], executor)
-    client = Client("shop", lambda: LocalClient(dispatcher), timeout=20)
+
+    async def ask() -> list[int]:
+        server = TcpServer(Address("tcp", "127.0.0.1", 0, {}), Dispatcher("shop", [Handler(count)], executor))
+        await server.listen()
+        client = Client("shop", lambda: TcpClient(parse(f"tcp://127.0.0.1:{server.port}"), "shop"))
+        numbers = iter(range(messages))
+
+        async def some() -> list[int]:
+            return [await client.send("count", number) for number in numbers]
+
+        try:
+            async with asyncio.timeout(60):
+                return [answer for answers in await asyncio.gather(*(some() for _ in range(64))) for answer in answers]
+        finally:
+            await client.close()
+            await server.close(0)
+
     connection_created.connect(note)
     try:
-        answers = asyncio.run(ask(500))
+        answers = asyncio.run(ask())
     finally:
         connection_created.disconnect(note)
         executor.close()
@@ -169,5 +217,5 @@ def test_messages_share_the_connections_of_the_pools_threads(
             connection.inc_thread_sharing()
             connection.close()
 
-    assert answers == [0] * 500
-    assert len(opened) == (500 if opened_for_each else 4)
+    assert answers == [0] * messages
+    assert len(opened) == expected

@@ -14,6 +14,8 @@ from pytest_django import Settings
 from microservices import RpcException, clients, grpc_method
 from microservices.exceptions import ConfigurationError
 from microservices.microservice import get_microservice
+from microservices.stubs import where
+from tests import brokers
 
 Install = Callable[..., None]
 
@@ -131,3 +133,29 @@ def test_a_service_elsewhere_is_called_where_its_grpc_address_is(settings: Setti
             await shop.close(0)
 
     assert asyncio.run(serve_and_call()) == ({"id": "a", "price": 2**53}, {"id": "b", "price": 2**53})
+
+
+@pytest.mark.usefixtures("items")
+def test_the_options_of_the_main_door_are_not_those_of_the_grpc_door(settings: Settings) -> None:
+    url, grpc = (f"{scheme}://127.0.0.1:{brokers.free_port()}" for scheme in ("tcp", "grpc"))
+    places = {"shop": {"url": url, "grpc": grpc, "options": {"max_in_flight": 7}}}
+    settings.MICROSERVICES = {**settings.MICROSERVICES, "CLIENTS": places, "SERVERS": places, "LISTEN": True}
+
+    async def limited() -> dict[str, bool]:
+        shop = get_microservice("shop")
+        await shop.listen()
+        try:
+            return {server.address.scheme: server.options.max_in_flight == 7 for server in shop.servers}
+        finally:
+            await shop.close(0)
+
+    assert asyncio.run(limited()) == {"tcp": True, "grpc": False}
+    assert "max_in_flight" not in where("shop").options
+
+
+@pytest.mark.usefixtures("items")
+def test_a_grpc_door_that_is_the_main_one_has_its_options(settings: Settings) -> None:
+    places = {"shop": {"url": "grpc://127.0.0.1:1", "options": {"max_in_flight": 7}}}
+    settings.MICROSERVICES = {**settings.MICROSERVICES, "CLIENTS": places}
+
+    assert where("shop").options["max_in_flight"] == 7
