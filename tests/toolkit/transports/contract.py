@@ -23,7 +23,7 @@ from microservices.exceptions import (
 )
 from microservices.handlers import event_pattern, message_pattern
 from microservices.middleware import Middleware
-from microservices.transports import Address, parse
+from microservices.transports import Address, Role, load, parse
 from microservices.transports.base import ClientProxy, Server, Status
 from tests.toolkit.conftest import Recorder, service
 
@@ -101,6 +101,10 @@ class Contract:
 
     server_options: Mapping[str, Any] = MappingProxyType({})
     """What a test tells its server."""
+    url: str
+    """Where the two sides meet."""
+    roles: ClassVar[tuple[Role, Role]] = ("server", "client")
+    """What of its transport is talked to, and what talks."""
 
     def serving(self, url: str) -> Address:
         """Return the address of a server, with the options that a test has set."""
@@ -109,11 +113,16 @@ class Contract:
 
     async def serve(self, dispatcher: Dispatcher) -> Server | None:
         """Return a server that listens, or None where a client needs none."""
-        raise NotImplementedError
+        address = self.serving(self.url)
+        server: Server = load(address, self.roles[0])(address, dispatcher)
+        await server.listen()
+        return server
 
     def proxy(self, dispatcher: Dispatcher, server: Server | None) -> ClientProxy:
         """Return a client of what `serve` returned."""
-        raise NotImplementedError
+        address, role = parse(self.url), self.roles[1]
+        client: ClientProxy = load(address, role)(address, "shop" if role == "client" else "events")
+        return client
 
     @asynccontextmanager
     async def talk(

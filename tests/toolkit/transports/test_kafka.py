@@ -19,7 +19,6 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
 from microservices.client import Client
 from microservices.context import RpcContext
-from microservices.dispatcher import Dispatcher
 from microservices.exceptions import ConfigurationError, DeadlineExceeded, RpcException, Unavailable
 from microservices.handlers import event_pattern, message_pattern
 from microservices.transports import kafka_consumers, parse, read_options
@@ -68,14 +67,6 @@ class TestKafka(TransportContract):
     def use(self, url: str) -> None:
         self.url = url
 
-    async def serve(self, dispatcher: Dispatcher) -> KafkaServer:
-        server = KafkaServer(self.serving(self.url), dispatcher)
-        await server.listen()
-        return server
-
-    def proxy(self, dispatcher: Dispatcher, server: KafkaServer) -> ClientProxy:
-        return KafkaClient(parse(self.url), "shop")
-
     async def test_a_request_to_an_event_handler_is_answered(self) -> None:
         """It is not: as with NestJS, an event handler of Kafka hears an event, whoever waits for an answer."""
         heard: asyncio.Queue[Any] = asyncio.Queue()
@@ -97,14 +88,6 @@ class TestKafkaRestarted(BrokerContract):
     def use(self, own_kafka: Kafka) -> None:
         self.broker = own_kafka
         self.url = f"{own_kafka.url}?{COMMON}&{GROUP}&connect_timeout=0.5"
-
-    async def serve(self, dispatcher: Dispatcher) -> KafkaServer:
-        server = KafkaServer(parse(self.url), dispatcher)
-        await server.listen()
-        return server
-
-    def proxy(self, dispatcher: Dispatcher, server: KafkaServer) -> ClientProxy:
-        return KafkaClient(parse(self.url), "shop")
 
 
 @asynccontextmanager

@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 
-from microservices.dispatcher import Dispatcher
 from microservices.exceptions import DeadlineExceeded, RpcException, Unavailable
 from microservices.handlers import event_pattern
 from microservices.transports import parse
-from microservices.transports.base import ClientProxy, Status
+from microservices.transports.base import Status
 from microservices.transports.kafka import KafkaServer
 from microservices.transports.kafka_events import KafkaBus, KafkaListener
 from tests.brokers import Kafka
@@ -24,17 +23,11 @@ from tests.toolkit.transports.test_kafka import url as url
 
 
 class TestKafkaEvents(EventContract):
+    roles = ("listener", "bus")
+
     @pytest.fixture(autouse=True)
     def use(self, url: str) -> None:
         self.url = url
-
-    async def serve(self, dispatcher: Dispatcher) -> KafkaListener:
-        listener = KafkaListener(self.serving(self.url), dispatcher)
-        await listener.listen()
-        return listener
-
-    def proxy(self, dispatcher: Dispatcher, server: KafkaListener) -> ClientProxy:
-        return KafkaBus(parse(self.url), "events")
 
 
 def listening(url: str, *functions: Callable[..., Any], **facts: Any) -> Any:

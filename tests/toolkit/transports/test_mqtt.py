@@ -16,7 +16,6 @@ from gmqtt.mqtt.constants import MQTTv50, MQTTv311
 
 from microservices.client import Client
 from microservices.context import RpcContext
-from microservices.dispatcher import Dispatcher
 from microservices.exceptions import (
     ConfigurationError,
     ConnectionLost,
@@ -26,7 +25,7 @@ from microservices.exceptions import (
 )
 from microservices.handlers import event_pattern, message_pattern
 from microservices.transports import mqtt, parse
-from microservices.transports.base import ClientProxy, Status
+from microservices.transports.base import Status
 from microservices.transports.mqtt import MqttClient, MqttServer, Options
 from microservices.transports.mqtt_connection import MqttConnection, ignore, open_connection
 from microservices.transports.mqtt_events import MqttBus, MqttListener
@@ -58,14 +57,6 @@ class TestMqtt(TransportContract):
     def use(self, mqtt_url: str) -> None:
         self.url = mqtt_url
 
-    async def serve(self, dispatcher: Dispatcher) -> MqttServer:
-        server = MqttServer(self.serving(self.url), dispatcher)
-        await server.listen()
-        return server
-
-    def proxy(self, dispatcher: Dispatcher, server: MqttServer) -> ClientProxy:
-        return MqttClient(parse(self.url), "shop")
-
 
 class TestMqtt5(TestMqtt):
     nobody = Unavailable  # the acknowledgement says that it reached nobody
@@ -90,27 +81,13 @@ class TestMqttRestarted(BrokerContract):
         self.broker = own_mosquitto
         self.url = f"{own_mosquitto.url}?connect_timeout=0.5"
 
-    async def serve(self, dispatcher: Dispatcher) -> MqttServer:
-        server = MqttServer(parse(self.url), dispatcher)
-        await server.listen()
-        return server
-
-    def proxy(self, dispatcher: Dispatcher, server: MqttServer) -> ClientProxy:
-        return MqttClient(parse(self.url), "shop")
-
 
 class TestMqttBus(EventContract):
+    roles = ("listener", "bus")
+
     @pytest.fixture(autouse=True)
     def use(self, mqtt_url: str) -> None:
         self.url = f"{mqtt_url}?retry_after=0.01"
-
-    async def serve(self, dispatcher: Dispatcher) -> MqttListener:
-        listener = MqttListener(self.serving(self.url), dispatcher)
-        await listener.listen()
-        return listener
-
-    def proxy(self, dispatcher: Dispatcher, server: MqttListener) -> ClientProxy:
-        return MqttBus(parse(self.url), "events")
 
 
 class TestMqttBusOfNats(TestMqttBus):

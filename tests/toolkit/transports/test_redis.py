@@ -15,11 +15,10 @@ from redis.asyncio import Redis
 
 from microservices.client import Client
 from microservices.context import RpcContext
-from microservices.dispatcher import Dispatcher
 from microservices.exceptions import ConfigurationError, ConnectionLost, DeadlineExceeded, RpcException, Unavailable
 from microservices.handlers import event_pattern, message_pattern
 from microservices.transports import parse
-from microservices.transports.base import ClientProxy, Status
+from microservices.transports.base import Status
 from microservices.transports.redis import RedisClient, RedisServer
 from tests.brokers import Valkey, free_port
 from tests.toolkit.conftest import service
@@ -37,14 +36,6 @@ class TestRedis(TransportContract):
     def use(self, redis: str) -> None:
         self.url = redis
 
-    async def serve(self, dispatcher: Dispatcher) -> RedisServer:
-        server = RedisServer(self.serving(self.url), dispatcher)
-        await server.listen()
-        return server
-
-    def proxy(self, dispatcher: Dispatcher, server: RedisServer) -> ClientProxy:
-        return RedisClient(parse(self.url), "shop")
-
 
 class TestRedisWildcards(TestRedis):
     wildcard = ("users.*", "users.created")
@@ -56,14 +47,6 @@ class TestRedisRestarted(BrokerContract):
     def use(self, own_redis: Valkey) -> None:
         self.broker = own_redis
         self.url = f"{own_redis.url}?connect_timeout=0.5"
-
-    async def serve(self, dispatcher: Dispatcher) -> RedisServer:
-        server = RedisServer(parse(self.url), dispatcher)
-        await server.listen()
-        return server
-
-    def proxy(self, dispatcher: Dispatcher, server: RedisServer) -> ClientProxy:
-        return RedisClient(parse(self.url), "shop")
 
 
 @asynccontextmanager
@@ -125,6 +108,29 @@ async def test_a_request_to_nobody_fails_at_once_and_the_next_one_finds_who_has_
             answer = await client.send("echo", 2)
 
     assert answer == 2
+
+
+@pytest.mark.asyncio
+async def test_the_answers_of_the_names_used_last_are_subscribed_to_and_of_no_more(
+    redis: str, foreign: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RedisClient, "max_pending", 3)
+
+    @message_pattern("room.*")
+    async def room(data: int) -> int:
+        return data
+
+    async def subscribed() -> set[bytes]:
+        return {channel for channel in await foreign.pubsub_channels("room.*") if channel.endswith(b".reply")}
+
+    async with serving(redis, room, options="?wildcards=true"), calling(redis) as client:
+        answers = [await client.send(f"room.{number}", number) for number in (*range(10), 7, 10)]
+        kept = await subscribed()
+        again = await client.send("room.0", 11)
+
+    assert answers == [*range(10), 7, 10]
+    assert kept == {b"room.7.reply", b"room.9.reply", b"room.10.reply"}
+    assert again == 11
 
 
 @pytest.mark.asyncio

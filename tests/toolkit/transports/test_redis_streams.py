@@ -14,11 +14,10 @@ import pytest
 from redis.asyncio import Redis
 
 from microservices.client import Client
-from microservices.dispatcher import Dispatcher
 from microservices.exceptions import ConfigurationError, DeadlineExceeded, RpcException, Unavailable
 from microservices.handlers import event_pattern
 from microservices.transports import parse
-from microservices.transports.base import ClientProxy, Status
+from microservices.transports.base import Status
 from microservices.transports.redis_streams import StreamsBus, StreamsListener
 from tests.brokers import Valkey
 from tests.toolkit.conftest import service
@@ -35,17 +34,11 @@ def streams(url: str, options: str = "") -> str:
 
 
 class TestRedisStreams(EventContract):
+    roles = ("listener", "bus")
+
     @pytest.fixture(autouse=True)
     def use(self, redis: str) -> None:
         self.url = streams(redis)
-
-    async def serve(self, dispatcher: Dispatcher) -> StreamsListener:
-        listener = StreamsListener(parse(self.url), dispatcher)
-        await listener.listen()
-        return listener
-
-    def proxy(self, dispatcher: Dispatcher, server: StreamsListener) -> ClientProxy:
-        return StreamsBus(parse(self.url), "events")
 
 
 @asynccontextmanager

@@ -20,7 +20,6 @@ from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
 
 from microservices.client import Client
 from microservices.context import RpcContext
-from microservices.dispatcher import Dispatcher
 from microservices.exceptions import (
     ConfigurationError,
     ConnectionLost,
@@ -32,7 +31,7 @@ from microservices.exceptions import (
 from microservices.handlers import event_pattern, message_pattern
 from microservices.transports import parse
 from microservices.transports.amqp import Message
-from microservices.transports.base import ClientProxy, Status
+from microservices.transports.base import Status
 from microservices.transports.rmq import RmqClient, RmqServer
 from tests.brokers import RabbitMQ
 from tests.toolkit.conftest import service
@@ -71,14 +70,6 @@ class TestRmq(TransportContract):
         # The queue goes with its last consumer.
         self.url = joined(rabbitmq_url, f"queue={unique('shop')}&durable=false&auto_delete=true{self.options}")
 
-    async def serve(self, dispatcher: Dispatcher) -> RmqServer:
-        server = RmqServer(self.serving(self.url), dispatcher)
-        await server.listen()
-        return server
-
-    def proxy(self, dispatcher: Dispatcher, server: RmqServer) -> ClientProxy:
-        return RmqClient(parse(self.url), "shop")
-
 
 class TestRmqAcknowledged(TestRmq):
     server_options = MappingProxyType({"no_ack": "false"})
@@ -100,14 +91,6 @@ class TestRmqRestarted(BrokerContract):
         self.broker = own_rabbitmq
         queue = unique("shop")
         self.url = joined(own_rabbitmq.url, f"queue={queue}&durable=false&auto_delete=true&connect_timeout=0.5")
-
-    async def serve(self, dispatcher: Dispatcher) -> RmqServer:
-        server = RmqServer(parse(self.url), dispatcher)
-        await server.listen()
-        return server
-
-    def proxy(self, dispatcher: Dispatcher, server: RmqServer) -> ClientProxy:
-        return RmqClient(parse(self.url), "shop")
 
 
 # What the tests below are made of
@@ -1014,6 +997,19 @@ async def test_the_first_of_several_hosts_that_answers_is_taken(rabbitmq_url: st
 
     async with serving(url, queue, echo), calling(url, queue) as client:
         answer = await client.send("echo", 1)
+
+    assert answer == 1
+
+
+@pytest.mark.asyncio
+async def test_a_host_that_says_nothing_leaves_time_for_the_next_one(rabbitmq_url: str, queue: str) -> None:
+    async def silent(wire: Wire) -> None:
+        await wire.reader.read()
+
+    async with listener(silent) as port:
+        url = rabbitmq_url.replace("@", f"@127.0.0.1:{port},")
+        async with serving(rabbitmq_url, queue, echo), calling(url, queue, "&connect_timeout=1") as client:
+            answer = await client.send("echo", 1, timeout=PATIENCE)
 
     assert answer == 1
 

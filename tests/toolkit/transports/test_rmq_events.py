@@ -17,12 +17,11 @@ from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
 
 from microservices.client import Client
 from microservices.context import RpcContext
-from microservices.dispatcher import Dispatcher
 from microservices.exceptions import ConfigurationError, RpcException, Unavailable
 from microservices.handlers import event_pattern
 from microservices.instruments import dropped
 from microservices.transports import parse
-from microservices.transports.base import ClientProxy, Status
+from microservices.transports.base import Status
 from microservices.transports.rmq_events import RmqBus, RmqListener
 from tests.brokers import RabbitMQ
 from tests.toolkit.conftest import service
@@ -34,20 +33,13 @@ ROOT = Path(__file__).parents[3]
 
 
 class TestRmqEvents(EventContract):
+    roles = ("listener", "bus")
     carries_headers = True
     wildcard = ("users.*", "users.created")
 
     @pytest.fixture(autouse=True)
     def use(self, rabbitmq_url: str) -> None:
         self.url = joined(rabbitmq_url, f"exchange={unique('events')}")
-
-    async def serve(self, dispatcher: Dispatcher) -> RmqListener:
-        listener = RmqListener(self.serving(self.url), dispatcher)
-        await listener.listen()
-        return listener
-
-    def proxy(self, dispatcher: Dispatcher, server: RmqListener) -> ClientProxy:
-        return RmqBus(parse(self.url), "events")
 
 
 class Events:
