@@ -1,0 +1,8 @@
+// The options of NestJS for bench.proto, otherwise its defaults.
+import { fileURLToPath } from 'node:url';
+
+export const GRPC = {
+  package: 'bench',
+  protoPath: fileURLToPath(new URL('../bench.proto', import.meta.url)),
+  loader: {},
+};
