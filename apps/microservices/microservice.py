@@ -50,7 +50,7 @@ class Microservice:
             mailbox.open()
         open_doors = {} if doors is None else doors
         try:
-            for address, role in self._addresses(self.urls if urls is None else urls):
+            for address, role in self.addresses(self.urls if urls is None else urls):
                 if role == "server" and str(address) in open_doors:
                     await self._share(open_doors[str(address)])
                 else:
@@ -90,7 +90,8 @@ class Microservice:
         """The mailboxes of the service's consumers."""
         return list({id(h.mailbox): h.mailbox for h in self.dispatcher.handlers if h.mailbox is not None}.values())
 
-    def _addresses(self, urls: Sequence[str]) -> Iterator[tuple[Address, Role]]:
+    def addresses(self, urls: Sequence[str]) -> Iterator[tuple[Address, Role]]:
+        """Yield where the doors of `urls` are, and the bus where the service hears it by none of them."""
         addresses = [self._address(url) for url in urls]
         for address in addresses:
             yield address, "server"

@@ -18,6 +18,7 @@ from django.apps import apps
 from .exceptions import ConfigurationError
 from .lifecycle import State, exit_now, lifecycle, until_signalled
 from .microservice import get_executor
+from .transports import sockets
 
 logger = logging.getLogger("microservices")
 
@@ -82,7 +83,7 @@ def run(
     Raises ConfigurationError when a port cannot be bound.
     """
     with ExitStack() as stack, asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        bound = None if port is None else stack.enter_context(bind(host, port))
+        bound = None if port is None else stack.enter_context(sockets.inherited("http") or bind(host, port))
         if bound is not None:
             shown = f"[{host}]" if ":" in host else host
             lifecycle.pages = {page: f"http://{shown}:{bound.getsockname()[1]}"}

@@ -24,7 +24,7 @@ from ..dispatcher import Dispatcher, Route
 from ..exceptions import ConfigurationError, DeadlineExceeded, InvalidPayload, NoHandler, RpcException, Unavailable
 from ..handlers import Colour, Handler
 from ..packets import Event, Packet, Reply, Request, Response, pattern_name
-from . import Address, Count, Seconds, protos
+from . import Address, Count, Seconds, protos, sockets
 from .base import ClientProxy, Server, Status
 from .local import LocalClient
 from .protos import Method, Protos
@@ -84,11 +84,14 @@ class GrpcServer(Server):
         self._protos = protos.load(tuple(self.options.proto_path), self.options.cache)
         self._router = _Router()
         self._services: set[str] = set()
+        self._held: socket.socket | None = None
+        """What keeps the port for this process and its sisters."""
         self._server: grpc.aio.Server | None = None
         self._health = _Health()
 
     async def listen(self) -> None:
         await self.join(self.dispatcher)
+        self._held = sockets.inherited(f"{self.dispatcher.service} {self.address}")
         server = grpc.aio.server(options=self._settings(), maximum_concurrent_rpcs=self.options.max_in_flight)
         try:
             server.add_generic_rpc_handlers((self._router,))
@@ -122,6 +125,8 @@ class GrpcServer(Server):
         if self._server is not None:
             await self._server.stop(grace)
         await self.finish(0)
+        if self._held is not None:
+            self._held.close()
         self.status = Status.CLOSED
 
     def unwrap(self) -> grpc.aio.Server | None:
@@ -131,7 +136,8 @@ class GrpcServer(Server):
         options = self.options
         return [
             *options.channel(),
-            ("grpc.so_reuseport", 0),  # with it, a second server on the port would share it in silence
+            # With it, a second server on the port shares it in silence: for workers alone.
+            ("grpc.so_reuseport", int(self._held is not None)),
             ("grpc.max_concurrent_streams", options.max_concurrent_streams),
             # It counts streams that have ended a moment ago, and so refuses callers who keep to the limit.
             ("grpc.http.overload_protection", 0),
@@ -143,11 +149,13 @@ class GrpcServer(Server):
     async def _bind(self, server: grpc.aio.Server) -> None:
         credentials = self._credentials() if self.address.scheme == "grpcs" else None
         host, port = self.address.host, self.address.port
+        if self._held is not None:
+            port = self._held.getsockname()[1]
         # One by one: asked for a name, grpc is content with any one of its addresses.
         found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
         places = list(dict.fromkeys((family, str(place[0])) for family, *_, place in found))
         for family, ip in places:
-            where = self.address._replace(host=ip).place
+            where = self.address._replace(host=ip, port=port).place
             try:
                 self.port = (
                     server.add_secure_port(where, credentials) if credentials else server.add_insecure_port(where)

@@ -21,7 +21,7 @@ from ..dispatcher import Dispatcher
 from ..exceptions import ConnectionLost, FrameError, PacketError, Unavailable
 from ..instruments import dropped
 from ..packets import Event, Request, Response
-from . import Address, Count, Seconds
+from . import Address, Count, Seconds, sockets
 from .base import ClientProxy, Server, Status
 from .frames import FramedConnection
 from .tls import TlsOptions
@@ -55,7 +55,9 @@ class _ServerConnection(FramedConnection):
         self._server = server
         self._options = options
         self._max_in_flight = options.max_in_flight
-        self._running: set[asyncio.Task[None]] = set()
+        self._decode = server.decode
+        self._dispatch = server.dispatcher.dispatch
+        self._running = 0
         self._awaited: set[asyncio.Task[None]] = set()
         self._half_frame: asyncio.TimerHandle | None = None
         self._idle: asyncio.TimerHandle | None = None
@@ -102,22 +104,23 @@ class _ServerConnection(FramedConnection):
             self._half_frame = self._loop.call_later(seconds, self._half_frame_is_late)
 
     def held(self) -> bool:
-        return self._writable is not None or self._no_more or len(self._running) >= self._max_in_flight
+        return self._writable is not None or self._no_more or self._running >= self._max_in_flight
 
     def take(self, body: bytes) -> None:
         if self._half_frame is not None:  # its time counts from the frame's first byte
             self._half_frame.cancel()
             self._half_frame = None
         try:
-            packet = codec.decode_packet(self._server.decode(body))
+            packet = codec.decode_packet(self._decode(body))
         except PacketError:
             dropped.add(self._server.dispatcher.service, "tcp", "no-packet")
             return
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise FrameError(f"Could not parse JSON: {error}") from error
-        task = self._server.handle(packet, self.reply, peer=self.peer, native=self.transport)
+        task = self._dispatch(packet, self.reply, transport="tcp", peer=self.peer, native=self.transport)
         if task is not None:
-            self._running.add(task)
+            self._server.keep(task)
+            self._running += 1
             if packet.id is not UNSET:
                 self._awaited.add(task)
             task.add_done_callback(self._done)
@@ -125,9 +128,8 @@ class _ServerConnection(FramedConnection):
     def reply(self, response: Response) -> Awaitable[None] | None:
         """Send one packet of an answer."""
         self.put(response)
-        congestion = self.congestion()
         # Shielded, since all streams of this connection await the same, and one may be given up.
-        return None if congestion is None else asyncio.shield(congestion)
+        return None if self._writable is None else asyncio.shield(self._writable)
 
     def refuse(self, error: Exception) -> None:
         logger.warning("Invalid message from tcp peer %s: %s", self.peer, error)
@@ -145,7 +147,7 @@ class _ServerConnection(FramedConnection):
         self.hold()
 
     def _done(self, task: asyncio.Task[None]) -> None:
-        self._running.discard(task)
+        self._running -= 1
         self._awaited.discard(task)
         self._active_at = self._loop.time()
         if self._no_more and not self._awaited:
@@ -218,10 +220,11 @@ class TcpServer(Server):
         return self._server
 
     async def _bind(self, context: ssl.SSLContext | None) -> None:
+        held = sockets.inherited(f"{self.dispatcher.service} {self.address}")
+        where: dict[str, Any] = {"sock": held} if held else {"host": self.address.host, "port": self.address.port}
         self._server = await asyncio.get_running_loop().create_server(
             partial(_ServerConnection, self),
-            self.address.host,
-            self.address.port,
+            **where,
             backlog=1024,
             ssl=context,
             ssl_handshake_timeout=self.options.incomplete_message_timeout if context else None,
@@ -253,6 +256,7 @@ class _ClientConnection(FramedConnection):
     def __init__(self, client: TcpClient) -> None:
         super().__init__(client.options.max_buffer_size, client.options.max_send_buffer_size, client.encode)
         self._client = client
+        self._decode = client.decode
         self._full = False
         self._why: Exception | None = None
 
@@ -262,7 +266,7 @@ class _ClientConnection(FramedConnection):
 
     def take(self, body: bytes) -> None:
         try:
-            reply = codec.decode_reply(self._client.decode(body))
+            reply = codec.decode_reply(self._decode(body))
         except (PacketError, msgspec.DecodeError, UnicodeDecodeError) as error:
             raise FrameError(f"Could not parse JSON: {error}") from error
         full = self._client.receive(reply)
@@ -311,7 +315,7 @@ class TcpClient(ClientProxy):
             self._connection.flush()
             self._connection.transport.close()
 
-    async def publish(self, request: Request, context: RpcContext) -> None:
+    def publish(self, request: Request, context: RpcContext) -> None:
         self._hand_over(request)
 
     async def dispatch_event(self, event: Event, context: RpcContext) -> None:

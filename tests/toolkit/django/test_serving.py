@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import socket
+import sys
+from types import SimpleNamespace
 
 import pytest
 from pytest_django import Settings
 
-from microservices import ConfigurationError
+from microservices import ConfigurationError, serving
 from microservices.serving import HttpServer, bind
 
 
@@ -53,6 +55,14 @@ def test_the_server_leaves_signals_and_lifespan_to_the_process_that_owns_it() ->
     assert captured is None
     assert server.should_exit
     assert server.config.lifespan == "off"
+
+
+def test_uvloop_is_taken_where_it_is_installed_and_missed_by_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "uvloop", None)
+    assert serving._loop_factory() is None
+
+    monkeypatch.setitem(sys.modules, "uvloop", SimpleNamespace(new_event_loop="its own"))
+    assert serving._loop_factory() == "its own"
 
 
 @pytest.mark.parametrize(("channels", "expected"), [(True, "websockets-sansio"), (False, "none")])

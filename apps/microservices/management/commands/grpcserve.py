@@ -24,6 +24,7 @@ class Command(serve.Command):
         parser.add_argument("--host", default="127.0.0.1", help="the address to bind (default: %(default)s)")
         parser.add_argument("--port", type=int, help="the port of all services together (default: GRPC_PORT)")
         parser.add_argument("--health-port", type=int, help="serve the health pages there, too (default: nowhere)")
+        self.add_workers(parser)
 
     def handle(self, *args: Any, **options: Any) -> None:
         settings = get_settings()
@@ -45,7 +46,7 @@ class Command(serve.Command):
         if not options["services"]:
             port = settings.grpc_port if options["port"] is None else options["port"]
             urls = {name: [self._moved(url, options["host"], port)] for name, [url] in urls.items()}
-        self.serve(options["host"], options["health_port"], urls)
+        self.serve(options["host"], options["health_port"], options["workers"], urls)
 
     @staticmethod
     def _moved(url: str, host: str, port: int) -> str:

@@ -21,6 +21,7 @@ class Command(serve.Command):
         parser.add_argument("services", nargs="+", metavar="NAME", help="a service of config/fleet.py")
         parser.add_argument("--host", default="127.0.0.1", help="where the health port binds (default: %(default)s)")
         parser.add_argument("--health-port", type=int, help="the health port (default: the map's, or HEALTH_PORT)")
+        self.add_workers(parser)
 
     def handle(self, *args: Any, **options: Any) -> None:
         settings = get_settings()
@@ -32,4 +33,4 @@ class Command(serve.Command):
         port = options["health_port"] or settings.servers[options["services"][0]].health
         if port is None:
             raise CommandError(f"{options['services'][0]} has no health port: give it one with --health-port.")
-        self.serve(options["host"], port)
+        self.serve(options["host"], port, options["workers"])
