@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import resource
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,21 +30,23 @@ class Facts(msgspec.Struct, rename="camel"):
     in_flight: int = 128
     warm_up: int = 0
     kind: Literal["send", "emit"] = "send"
+    options: dict[str, Any] = {}
+    """What the URL cannot say of the transport."""
+    bus: str = ""
+    """Where events go, if not to the URL."""
 
 
-async def make(client: Client, calls: int, facts: Facts) -> list[float]:
+async def make(client: Client, bus: Client, calls: int, facts: Facts) -> list[float]:
     """Make so many calls, a number of them at a time; return what each took, in seconds."""
-    pattern = "sum" if facts.url.startswith("kafka") else {"cmd": "sum"}
     left, took = calls, []
+    call = _calling(client, bus, facts)
 
     async def send() -> None:
         nonlocal left
         while left > 0:
             left -= 1
             number, started = left, time.perf_counter()
-            if facts.kind == "emit":
-                await client.emit("noted", {"n": number})
-            elif await client.send(pattern, [number, 1, 2], timeout=PATIENCE) != number + 3:
+            if int(await call(number)) != number + 3:  # Kafka brings a number as its text
                 raise RuntimeError("a wrong answer")
             took.append(time.perf_counter() - started)
 
@@ -50,6 +54,24 @@ async def make(client: Client, calls: int, facts: Facts) -> list[float]:
         for _ in range(facts.in_flight):
             group.create_task(send())
     return took
+
+
+def _calling(client: Client, bus: Client, facts: Facts) -> Callable[[int], Awaitable[int]]:
+    pattern = "sum" if facts.url.startswith("kafka") else {"cmd": "sum"}
+
+    async def send(number: int) -> int:
+        return await client.send(pattern, [number, 1, 2], timeout=PATIENCE)  # type: ignore[no-any-return]
+
+    async def emit(number: int) -> int:
+        await bus.emit("noted", {"n": number})
+        return number + 3
+
+    async def call(number: int) -> int:
+        trace = {"traceparent": f"00-{os.urandom(16).hex()}-{os.urandom(8).hex()}-01"}
+        answer = await client.send("Bench/Sum", {"numbers": [number, 1, 2]}, timeout=PATIENCE, metadata=trace)
+        return answer["total"]  # type: ignore[no-any-return]
+
+    return call if facts.url.startswith("grpc") else emit if facts.kind == "emit" else send
 
 
 async def heard(client: Client, facts: Facts) -> int:
@@ -66,16 +88,21 @@ async def until_heard(client: Client, facts: Facts, count: int) -> None:
 
 async def main(facts: Facts) -> dict[str, Any]:
     address = transports.parse(facts.url)
-    client = Client("bench", lambda: transports.load(address, "client")(address, "bench"))
+    address = address._replace(options={**address.options, **facts.options})
+    client = bus = Client("bench", lambda: transports.load(address, "client")(address, "bench"))
+    if facts.bus:
+        place = transports.parse(facts.bus)
+        bus = Client("events", lambda: transports.load(place, "bus")(place, "events"))
     before = await heard(client, facts) + facts.warm_up
-    await make(client, facts.warm_up, facts)
+    await make(client, bus, facts.warm_up, facts)
     await until_heard(client, facts, before)
     gc.freeze()
     cpu, started = time.process_time(), time.perf_counter()
-    took = await make(client, facts.calls, facts)
+    took = await make(client, bus, facts.calls, facts)
     await until_heard(client, facts, before + facts.calls)
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-    await client.close()
+    for each in {client, bus}:
+        await each.close()
     took.sort()
     return {
         "calls": facts.calls,

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "apps"))
 from microservices import transports
 from microservices.dispatcher import Dispatcher
 from microservices.executor import Executor
-from microservices.handlers import Handler, event_pattern, message_pattern
+from microservices.handlers import Handler, event_pattern, grpc_method, message_pattern
 from microservices.telemetry.logging import CallLog
 
 
@@ -29,6 +29,10 @@ class Facts(msgspec.Struct):
     all: bool = False
     """Whether every feature is on."""
     loop: str = "uvloop"
+    options: dict[str, Any] = {}
+    """What the URL cannot say of the transport."""
+    bus: str = ""
+    """Where events come from, if not by the URL."""
 
 
 class Name(msgspec.Struct):
@@ -52,6 +56,18 @@ class Noted(msgspec.Struct):
     n: int
 
 
+class Numbers(msgspec.Struct):
+    """What is summed up over gRPC."""
+
+    numbers: list[int] = []
+
+
+class Total(msgspec.Struct):
+    """Their sum."""
+
+    total: int
+
+
 class Bench:
     """The handlers, in the colour that is measured."""
 
@@ -63,10 +79,14 @@ class Bench:
             self._answering("user", self.greet),
             self._answering("count", self.count),
             Handler(event_pattern("noted", inline=colour == "inline")(self._coloured(self.note))),
+            Handler(grpc_method("Bench", "Sum")(self._coloured(self.total))),
         ]
 
     def add(self, data: list[int]) -> int:
         return sum(data)
+
+    def total(self, data: Numbers) -> Total:
+        return Total(sum(data.numbers))
 
     def greet(self, data: Name) -> Greeting:
         return Greeting(data.id, data.name, f"Hello, {data.name}!")
@@ -97,15 +117,21 @@ class Bench:
 
 async def main(facts: Facts) -> None:
     address = transports.parse(facts.url)
+    address = address._replace(options={**address.options, **facts.options})
     middlewares = [CallLog(sample=0.01)] if facts.all else []
     bench = Bench(facts.colour, address.scheme == "kafka")
     dispatcher = Dispatcher("bench", bench.handlers, Executor(), middlewares)
-    server = transports.load(address, "server")(address, dispatcher)
-    await server.listen()
+    servers = [transports.load(address, "server")(address, dispatcher)]
+    if facts.bus:
+        bus = transports.parse(facts.bus)
+        servers.append(transports.load(bus, "listener")(bus, dispatcher))
+    for server in servers:
+        await server.listen()
     gc.freeze()
     print("ready", flush=True)
     await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
-    await server.close(1)
+    for server in servers:
+        await server.close(1)
 
 
 def loop_factory(name: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 
-from . import brokers, tcp
+from . import brokers, grpc_calls, orm, tcp
 from .measure import Case
 
 Workload = Callable[[ExitStack], Iterator[Case]]
@@ -16,4 +16,6 @@ WORKLOADS: Mapping[str, Workload] = {
     "tcp-client": tcp.client,
     "tcp-events": tcp.events,
     **brokers.WORKLOADS,
+    "grpc": grpc_calls.unary,
+    "orm": orm.one_row,
 }

@@ -3,6 +3,6 @@ import { fileURLToPath } from 'node:url';
 
 export const GRPC = {
   package: 'bench',
-  protoPath: fileURLToPath(new URL('../bench.proto', import.meta.url)),
+  protoPath: fileURLToPath(new URL('../proto/bench.proto', import.meta.url)),
   loader: {},
 };
