@@ -121,7 +121,10 @@ class Dispatcher:
         the task: it keeps it, and cancels it when the peer is gone.
         """
         if route is None:
-            route = self.find(packet.pattern) if channel is None else self._routes.get(channel)
+            if channel is not None:
+                route = self._routes.get(channel)
+            elif packet.pattern is not UNSET:
+                route = self._spellings.get(bytes(packet.pattern)) or self.find(packet.pattern)
         is_event = packet.id is UNSET
         if route is None:
             if is_event:
@@ -221,10 +224,13 @@ class Dispatcher:
     def _dispatch_event(
         self, route: Route, delivery: Delivery | None, data: Any, context: RpcContext
     ) -> asyncio.Task[Any] | None:
-        targets = route.listeners(delivery) or ((route.request,) if route.request and not route.events else ())
-        if any(target.call is None for target in targets):
-            return self._spawn(self._hear(targets, data, context), None)
-        failures = []
+        targets = route.listeners(delivery)
+        if not targets and route.request is not None and not route.events:
+            targets = (route.request,)
+        for target in targets:
+            if target.call is None:
+                return self._spawn(self._hear(targets, data, context), None)
+        failures: list[Exception] = []
         for target in targets:
             try:
                 target.call(data, context)  # type: ignore[misc]  # each has one

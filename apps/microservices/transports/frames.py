@@ -6,6 +6,7 @@ A frame is `<length>#<json>`, the length counted in UTF-16 code units (nest-wire
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from typing import cast
 
 from ..exceptions import FrameError, RpcException
@@ -13,7 +14,7 @@ from ..packets import Event, Request, Response
 from .base import Encode
 from .flow import FlowProtocol
 
-FRAMES_PER_TURN = 64
+FRAMES_PER_TURN = 256
 
 MAX_HEADER = 10
 _CONTINUATION = bytes(range(0x80, 0xC0))
@@ -181,8 +182,11 @@ class FramedConnection(FlowProtocol):
 
     # Writing
 
-    def put(self, packet: Request | Event | Response) -> None:
-        """Put a packet into the next write. Raises RpcException for one that is too large or no JSON."""
+    def put(self, packet: Request | Event | Response) -> Awaitable[None] | None:
+        """Put a packet into the next write; gives what to await while the peer takes too little.
+
+        Raises RpcException for a packet that is too large or no JSON.
+        """
         body = self._encode(packet)
         units = len(body) if body.isascii() else utf16_units(body)
         if units > self._max_units:
@@ -196,6 +200,8 @@ class FramedConnection(FlowProtocol):
         elif not self._pumping and not self._flushing:
             self._flushing = True
             self._loop.call_soon(self.flush)
+        # Shielded, since all that is sent over this connection awaits the same, and one may be given up.
+        return None if self._writable is None else asyncio.shield(self._writable)
 
     def flush(self) -> None:
         """Write all that has gathered, in one call."""

@@ -7,7 +7,7 @@ import logging
 import socket
 import ssl
 import struct
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 from functools import partial
 from typing import Annotated, Any
@@ -20,7 +20,7 @@ from ..context import RpcContext
 from ..dispatcher import Dispatcher
 from ..exceptions import ConnectionLost, FrameError, PacketError, Unavailable
 from ..instruments import dropped
-from ..packets import Event, Request, Response
+from ..packets import Event, Request
 from . import Address, Count, Seconds, sockets
 from .base import ClientProxy, Server, Status
 from .frames import FramedConnection
@@ -117,19 +117,13 @@ class _ServerConnection(FramedConnection):
             return
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise FrameError(f"Could not parse JSON: {error}") from error
-        task = self._dispatch(packet, self.reply, transport="tcp", peer=self.peer, native=self.transport)
+        task = self._dispatch(packet, self.put, transport="tcp", peer=self.peer, native=self.transport)
         if task is not None:
             self._server.keep(task)
             self._running += 1
             if packet.id is not UNSET:
                 self._awaited.add(task)
             task.add_done_callback(self._done)
-
-    def reply(self, response: Response) -> Awaitable[None] | None:
-        """Send one packet of an answer."""
-        self.put(response)
-        # Shielded, since all streams of this connection await the same, and one may be given up.
-        return None if self._writable is None else asyncio.shield(self._writable)
 
     def refuse(self, error: Exception) -> None:
         logger.warning("Invalid message from tcp peer %s: %s", self.peer, error)
