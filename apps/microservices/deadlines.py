@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
+from .exceptions import DeadlineExceeded
+
 E = TypeVar("E", bound=Hashable)
 
 TICK = 0.01
@@ -41,3 +43,36 @@ class Deadlines(Generic[E]):
             return
         for entry in list(self._ticks.pop(number)):
             self._expire(entry)
+
+
+class Within:
+    """`with Within(deadlines, deadline):` raises DeadlineExceeded where the task is still inside when that passes.
+
+    What `asyncio.timeout_at` does with a timer of its own. `deadlines` is one of these.
+    """
+
+    __slots__ = ("_cancelling", "_deadline", "_deadlines", "_expired", "_task", "_tick")
+
+    def __init__(self, deadlines: Deadlines[Within], deadline: float) -> None:
+        self._deadlines = deadlines
+        self._deadline = deadline
+        self._expired = False
+
+    def __enter__(self) -> None:
+        task = asyncio.current_task()
+        if task is None:
+            raise RuntimeError("A deadline needs a task that it can end.")
+        self._task = task
+        self._cancelling = task.cancelling()
+        self._tick = self._deadlines.add(self._deadline, self)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._tick.discard(self)
+        # Another cancellation that came meanwhile is passed on.
+        if self._expired and self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
+            raise DeadlineExceeded() from None
+
+    def expire(self) -> None:
+        """End what is inside."""
+        self._expired = True
+        self._task.cancel()

@@ -5,7 +5,8 @@ import time
 
 import pytest
 
-from microservices.deadlines import TICK, Deadlines
+from microservices.deadlines import TICK, Deadlines, Within
+from microservices.exceptions import DeadlineExceeded
 
 
 @pytest.mark.asyncio
@@ -51,3 +52,45 @@ def test_entries_of_one_tick_share_a_timer() -> None:
         deadlines.add(deadline + TICK / 100 * number, number)
 
     assert len(timers) == 1
+
+
+@pytest.mark.asyncio
+async def test_what_takes_longer_than_its_deadline_ends_with_that() -> None:
+    deadlines = Deadlines[Within](asyncio.get_running_loop(), Within.expire)
+
+    with pytest.raises(DeadlineExceeded), Within(deadlines, time.monotonic() + TICK):
+        await asyncio.Event().wait()
+
+    task = asyncio.current_task()
+    assert task is not None
+    assert not task.cancelling()
+
+
+@pytest.mark.asyncio
+async def test_what_ends_in_time_is_left_alone() -> None:
+    deadlines = Deadlines[Within](asyncio.get_running_loop(), Within.expire)
+
+    with Within(deadlines, time.monotonic() + TICK):
+        await asyncio.sleep(0)
+    with pytest.raises(ValueError, match="broken"), Within(deadlines, time.monotonic() + TICK):
+        raise ValueError("broken")
+
+    await asyncio.sleep(3 * TICK)  # nothing comes late
+
+
+@pytest.mark.asyncio
+async def test_a_cancellation_from_outside_stays_one() -> None:
+    deadlines = Deadlines[Within](asyncio.get_running_loop(), Within.expire)
+    inside = asyncio.Event()
+
+    async def wait() -> None:
+        with Within(deadlines, time.monotonic() + 60):
+            inside.set()
+            await asyncio.Event().wait()
+
+    task = asyncio.create_task(wait())
+    await inside.wait()
+    task.cancel()
+
+    with pytest.raises(asyncio.CancelledError):
+        await task

@@ -19,7 +19,7 @@ from msgspec import UNSET, Raw
 
 from ..codec import UNENCODABLE, Codec, encode, not_json
 from ..context import NO_HEADERS, RpcContext
-from ..deadlines import Deadlines
+from ..deadlines import Deadlines, Within
 from ..dispatcher import Dispatcher, Replier, Route
 from ..exceptions import (
     ConfigurationError,
@@ -309,6 +309,7 @@ class ClientProxy(Peer):
         self._was_connected = False
         self._loop = asyncio.get_running_loop()
         self._deadlines = Deadlines(self._loop, self._expire)
+        self._handing_over = Deadlines(self._loop, Within.expire)
         self._pending: dict[str, Call | Stream] = {}
         # Unique across processes, so that one id finds a call in the logs of both sides.
         self._prefix = os.urandom(self.id_bytes).hex()
@@ -461,12 +462,12 @@ class ClientProxy(Peer):
         """Hand over an event. Raises Unavailable or DeadlineExceeded when it was not handed over."""
         if not self._usable(context):
             await self._until_ready(context)
-        try:
-            async with asyncio.timeout(context.remaining()):
-                event = Event(context.raw_pattern, data, context.metadata or UNSET)
+        event = Event(context.raw_pattern, data, context.metadata or UNSET)
+        if context.deadline is None:
+            await self.dispatch_event(event, context)
+        else:
+            with Within(self._handing_over, context.deadline):
                 await self.dispatch_event(event, context)
-        except TimeoutError:
-            raise DeadlineExceeded() from None
 
     def receive(self, reply: Reply) -> asyncio.Future[None] | None:
         """Take one packet of an answer; an unknown id is somebody who gave up, and is ignored.
