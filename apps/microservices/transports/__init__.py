@@ -87,7 +87,7 @@ SCHEMES = {
     "rediss": _secure(_REDIS),
     "redis-streams": _STREAMS,
     "rediss-streams": _secure(_STREAMS),
-    "nats": _broker("nats", "Nats", 4222, "nats"),
+    "nats": _broker("nats", "Nats", 4222),
     "mqtt": _broker("mqtt", "Mqtt", 1883),
     "mqtts": _secure(_broker("mqtt", "Mqtt", 8883)),
     "amqp": _broker("rmq", "Rmq", 5672, "rmq"),

@@ -120,7 +120,8 @@ class Server(Peer):
         self.dispatcher = dispatcher
         self.hears_events = True
         """Whether events come this way, too."""
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self.tasks: set[asyncio.Task[Any]] = set()
+        """What is worked on; closing waits for it."""
         self._space: asyncio.Future[None] | None = None
 
     @abstractmethod
@@ -173,14 +174,14 @@ class Server(Peer):
     def keep(self, task: asyncio.Task[Any] | None) -> asyncio.Task[Any] | None:
         """Own a task until it ends: closing waits for it."""
         if task is not None:
-            self._tasks.add(task)
-            task.add_done_callback(self._ended)
+            self.tasks.add(task)
+            task.add_done_callback(self.ended)
         return task
 
     @property
     def full(self) -> bool:
         """Whether as many messages are worked on as may be."""
-        return bool(len(self._tasks) >= self.options.max_in_flight)
+        return bool(len(self.tasks) >= self.options.max_in_flight)
 
     async def room(self) -> None:
         """Wait until one more message may be worked on."""
@@ -189,17 +190,18 @@ class Server(Peer):
                 self._space = asyncio.get_running_loop().create_future()
             await asyncio.shield(self._space)
 
-    def _ended(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
+    def ended(self, task: asyncio.Task[Any]) -> None:
+        """Let go of a task; whoever has put it among `tasks` by hand calls it."""
+        self.tasks.discard(task)
         if self._space is not None and not self.full:
             space, self._space = self._space, None
             space.set_result(None)
 
     async def finish(self, grace: float) -> int:
         """Wait for running handlers; cancel and count those that take longer than `grace` seconds."""
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=grace)
-        late = list(self._tasks)
+        if self.tasks:
+            await asyncio.wait(self.tasks, timeout=grace)
+        late = list(self.tasks)
         for task in late:
             task.cancel()
         if late:

@@ -143,7 +143,7 @@ class KafkaServer(BrokerServer):
     async def free(self) -> int:
         """Wait until one more record may be worked on; return how many may."""
         await self.room()
-        return int(max(1, self.options.max_in_flight - len(self._tasks)))
+        return int(max(1, self.options.max_in_flight - len(self.tasks)))
 
     def packet(self, record: Any, headers: dict[str, str]) -> Packet:
         """Return what a record says, as an event."""

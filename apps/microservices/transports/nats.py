@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable
+from collections import deque
+from collections.abc import Awaitable
 from functools import partial
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ from msgspec import UNSET, Raw, UnsetType
 
 from .. import codec
 from ..context import NO_HEADERS, RpcContext
-from ..dispatcher import Dispatcher, Route
+from ..dispatcher import Dispatcher, Replier, Route
 from ..exceptions import ConfigurationError, PacketError, RpcException, Unavailable
 from ..handlers import Delivery
 from ..instruments import dropped
@@ -21,9 +22,11 @@ from ..packets import Event, Packet, Reply, Request, Response
 from . import Address
 from .base import BrokerServer, ClientProxy
 from .envelope import read_json, trace_headers, with_trace
-from .nats_connection import Message, NatsConnection, NatsOptions, is_literal, is_subject, open_connection
+from .nats_connection import NatsOptions, is_literal, is_subject, open_connection
+from .nats_protocol import Message, NatsConnection
 
 _MOST_KNOWN = 4096
+_MAX_WAITING_BYTES = 64 * 1024 * 1024
 _REPLY_KEYS = {"id", "response", "err", "isDisposed", "status"}
 
 
@@ -60,6 +63,11 @@ class NatsServer(BrokerServer):
         self._queue: str = own if self.options.queue is UNSET else self.options.queue
         self._connection: NatsConnection | None = None
         self._leaving = False
+        # NATS holds nothing back for who reads slowly, it disconnects him: what comes waits here.
+        self._waiting: deque[tuple[_Hearing, Message]] = deque()
+        self._none_waits = asyncio.Event()
+        self._none_waits.set()
+        self._stalled: asyncio.Future[None] | None = None
 
     async def listen(self) -> None:
         """Subscribe. Raises ConfigurationError for a pattern that can be no subject, naming it."""
@@ -77,8 +85,8 @@ class NatsServer(BrokerServer):
         connection = await self.open()
         for name, route in self.routes.items():
             for delivery, queue in self._groups(route):
-                take = partial(self._take, connection, route, delivery)
-                await connection.hear(name, take, self.options.max_waiting, queue=queue)
+                take = self._overhear if name[0] in "*>" else self._take
+                connection.hear(name, partial(take, _Hearing(connection, route, delivery)), queue=queue)
         async with asyncio.timeout(self.options.connect_timeout):
             await connection.taken()
         if connection.denied:
@@ -86,7 +94,7 @@ class NatsServer(BrokerServer):
 
     async def open(self) -> NatsConnection:
         """Connect. Raises Unavailable."""
-        self._connection = await open_connection(self.address, self.options, self.dispatcher.service, self._slow)
+        self._connection = await open_connection(self.address, self.options, self.dispatcher.service)
         return self._connection
 
     async def until_lost(self) -> str:
@@ -95,12 +103,13 @@ class NatsServer(BrokerServer):
     async def unsubscribe(self) -> None:
         try:
             await self.live().hear_no_more()
+            await self._none_waits.wait()
         finally:
             self._leaving = True
 
     async def disconnect(self) -> None:
         if self._connection is not None:
-            await self._connection.end()
+            await self._connection.close()
 
     def unwrap(self) -> NatsConnection | None:
         return self._connection
@@ -114,12 +123,7 @@ class NatsServer(BrokerServer):
     def packet(self, message: Message) -> Packet:
         """Return what a message brings. Raises PacketError for what is no JSON."""
         packet = read_json(self.decode(message.data))
-        return with_trace(packet, message.headers) if message.headers else packet
-
-    def facts(self, message: Message, route: Route) -> dict[str, Any]:
-        """Return what a handler may know about a message."""
-        headers = message.headers or NO_HEADERS
-        return {"peer": str(self.address), "route": route, "headers": headers, "native": message}
+        return with_trace(packet, message.headers) if message.head else packet
 
     def _groups(self, route: Route) -> list[tuple[Delivery | None, str]]:
         if not self._queue or not route.listeners("each"):
@@ -128,42 +132,91 @@ class NatsServer(BrokerServer):
             return [(None, "")]
         return [("one", self._queue), ("each", "")] if self.hears_events else [("one", self._queue)]
 
-    async def _take(
-        self, connection: NatsConnection, route: Route, delivery: Delivery | None, message: Message
-    ) -> None:
-        if route.name[0] in "*>" and message.subject.startswith((f"{self.options.inbox_prefix}.", "_INBOX.", "$")):
-            return  # answers, and what NATS tells itself
-        while (congestion := connection.congestion()) is not None:
-            await congestion
-        await self.room()
-        if self._leaving:
-            return
+    def _overhear(self, hearing: _Hearing, message: Message) -> None:
+        # But no answers, and not what NATS tells itself.
+        if not message.subject.startswith((f"{self.options.inbox_prefix}.", "_INBOX.", "$")):
+            self._take(hearing, message)
+
+    def _take(self, hearing: _Hearing, message: Message) -> None:
+        if self._waiting or (self.tasks and self.full) or hearing.connection.congestion() is not None:
+            self._put_off(hearing, message)
+        else:
+            self._dispatch(hearing, message)
+
+    def _dispatch(self, hearing: _Hearing, message: Message) -> None:
         try:
             packet = self.packet(message)
         except PacketError:
             dropped.add(self.dispatcher.service, self.scheme, "no-packet")
             return
+        delivery = hearing.delivery
+        answer: Replier = ignore
         if packet.id is UNSET:
-            if self.hears_events:
-                self.handle(packet, ignore, channel=message.subject, delivery=delivery, **self.facts(message, route))
-        elif self.answers and delivery != "each":  # the queue group has it, too
-            answer = _Answer(connection, message.reply, self.encode) if message.reply else ignore
-            self.handle(packet, answer, channel=message.subject, **self.facts(message, route))
+            if not self.hears_events:
+                return
+        elif not self.answers or delivery == "each":  # the queue group has it, too
+            return
+        elif message.reply:
+            answer = partial(self._answer, hearing.connection, message.reply)
+        self.handle(
+            packet,
+            answer,
+            peer=self.url,
+            channel=message.subject,
+            delivery=delivery,
+            route=hearing.route,
+            headers=message.headers if message.head else NO_HEADERS,
+            native=message,
+        )
 
-    def _slow(self, subject: str) -> None:
-        dropped.add(self.dispatcher.service, self.scheme, "slow-consumer")
+    def _answer(self, connection: NatsConnection, inbox: str, response: Response) -> Awaitable[None] | None:
+        return connection.post(inbox, self.encode(response))
+
+    # What waits
+
+    def _put_off(self, hearing: _Hearing, message: Message) -> None:
+        size = len(message.data)
+        if hearing.count >= self.options.max_waiting or hearing.size + size > _MAX_WAITING_BYTES:
+            dropped.add(self.dispatcher.service, self.scheme, "slow-consumer")
+            return
+        hearing.count += 1
+        hearing.size += size
+        self._waiting.append((hearing, message))
+        if len(self._waiting) == 1:
+            self._none_waits.clear()
+            self._go_on()
+
+    def _go_on(self, _: object = None) -> None:
+        while self._waiting and not self.full:
+            hearing, message = self._waiting[0]
+            congestion = hearing.connection.congestion()
+            if congestion is not None:
+                if congestion is not self._stalled:
+                    self._stalled = congestion
+                    congestion.add_done_callback(self._go_on)
+                return
+            self._waiting.popleft()
+            hearing.count -= 1
+            hearing.size -= len(message.data)
+            if not self._leaving:
+                self._dispatch(hearing, message)
+        if not self._waiting:
+            self._none_waits.set()
+
+    def ended(self, task: asyncio.Task[Any]) -> None:
+        super().ended(task)
+        if self._waiting:
+            self._go_on()
 
 
-class _Answer:
-    """Publishes the packets of one answer."""
+class _Hearing(msgspec.Struct, eq=False):
+    """One subscription: what it brings, and how much of that waits."""
 
-    __slots__ = ("_connection", "_encode", "_inbox")
-
-    def __init__(self, connection: NatsConnection, inbox: str, encode: Callable[[Response], bytes]) -> None:
-        self._connection, self._inbox, self._encode = connection, inbox, encode
-
-    def __call__(self, response: Response) -> Awaitable[None] | None:
-        return self._connection.post(self._inbox, self._encode(response))
+    connection: NatsConnection
+    route: Route
+    delivery: Delivery | None
+    count: int = 0
+    size: int = 0
 
 
 class NatsClient(ClientProxy):
@@ -184,38 +237,41 @@ class NatsClient(ClientProxy):
 
     async def open(self) -> None:
         await self.disconnect()  # from what is left of the last one
-        self._connection = connection = await open_connection(self.address, self.options, self.service, self._slow)
+        self._connection = connection = await open_connection(self.address, self.options, self.service)
         await self.prepare(connection)
         self._known.clear()
         connection.ended.add_done_callback(partial(self._lost, connection))
 
     async def prepare(self, connection: NatsConnection) -> None:
         """Do what comes before the first message of a connection. Raises Unavailable."""
-        await connection.hear(f"{self._inbox}*", self._take, self.options.max_waiting)
+        connection.hear(f"{self._inbox}*", partial(self._take, connection))
         await connection.taken()
         if connection.denied:
             raise Unavailable(f"NATS at {self.address} does not allow {self._inbox}*, where answers come.")
 
     async def publish(self, request: Request, context: RpcContext) -> None:
         connection, subject = self.live(), context.pattern
-        refused = connection.denied[subject.lower()]
-        await self._put(connection, request, context, self._inbox + request.id)
-        if subject not in self._known:
+        known = subject in self._known
+        if not known:
+            self.check(subject)
+        connection.put(subject, self.encode(request), self._inbox + request.id, headers(context))
+        if not known:
             # NATS tells whether it is allowed, but nobody waits for that: the answer may be here sooner.
-            told = await connection.ping()
-            told.add_done_callback(partial(self._told, request.id, connection, subject, refused))
+            told = partial(self._told, request.id, connection, subject, connection.denied[subject])
+            connection.ping().add_done_callback(told)
 
     async def dispatch_event(self, event: Event, context: RpcContext) -> None:
         connection, subject = self.live(), context.pattern
-        refused = connection.denied[subject.lower()]
-        await self._put(connection, event, context)
+        self.check(subject)
+        refused = connection.denied[subject]
+        connection.put(subject, self.encode(event), "", headers(context))
         await connection.taken()
         if (error := self._denial(connection, subject, refused)) is not None:
             raise error
 
     async def disconnect(self) -> None:
         if self._connection is not None:
-            await self._connection.end()
+            await self._connection.close()
 
     def unwrap(self) -> NatsConnection | None:
         return self._connection
@@ -226,12 +282,6 @@ class NatsClient(ClientProxy):
             raise Unavailable("NATS closed the connection before the message was sent.")
         return self._connection
 
-    async def _put(
-        self, connection: NatsConnection, packet: Request | Event, context: RpcContext, reply: str = ""
-    ) -> None:
-        self.check(context.pattern)
-        await connection.put(context.pattern, self.encode(packet), reply, headers(context))
-
     def check(self, subject: str) -> None:
         """Raise RpcException for what can be no subject."""
         if subject not in self._known and not is_literal(subject):
@@ -239,7 +289,7 @@ class NatsClient(ClientProxy):
             raise RpcException({"statusCode": 400, "code": "bad-pattern", "message": text})
 
     def _denial(self, connection: NatsConnection, subject: str, refused: int) -> RpcException | None:
-        if connection.denied[subject.lower()] > refused:
+        if connection.denied[subject] > refused:
             text = f"NATS at {self.address} does not allow {self.service} to be sent {subject!r}."
             return RpcException({"statusCode": 403, "code": "forbidden", "message": text})
         if len(self._known) < _MOST_KNOWN:
@@ -250,7 +300,7 @@ class NatsClient(ClientProxy):
         if (error := self._denial(connection, subject, refused)) is not None:
             self.fail(id, error)
 
-    async def _take(self, message: Message) -> None:
+    def _take(self, connection: NatsConnection, message: Message) -> None:
         id = message.subject[len(self._inbox) :]
         if not message.data:
             self.fail(id, Unavailable(f"Nobody listens for {self.service} on {self.address}."))
@@ -266,21 +316,19 @@ class NatsClient(ClientProxy):
             reply.id = id
         if reply.id == id and self.receive(reply) is not None:
             # Who takes the values gets a turn; to hold them back would hold back the answers of all others, too.
-            await asyncio.sleep(0)
-
-    def _slow(self, subject: str) -> None:
-        dropped.add(self.service, self.scheme, "slow-consumer")
-        overflow = {"statusCode": 500, "code": "stream-overflow", "message": "The answers came too fast."}
-        self.fail(subject[len(self._inbox) :], RpcException(overflow))
+            connection.hold()
+            asyncio.get_running_loop().call_soon(connection.release)
 
     def _lost(self, connection: NatsConnection, _: object) -> None:
         if self._connection is connection:
-            self.lost("The connection to NATS was lost.")
+            self.lost(connection.gone)
 
 
 def headers(context: RpcContext) -> dict[str, str]:
     """Return what travels as headers: what a message was told, and the trace."""
     record: Record | None = context.record
+    if not context.metadata and record is None:
+        return {}
     return {**trace_headers(context.metadata), **(record.headers if record else {})}
 
 

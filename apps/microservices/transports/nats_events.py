@@ -27,9 +27,9 @@ from ..handlers import Delivery
 from ..instruments import dropped
 from ..packets import Event, Request
 from . import Address, Count, Seconds
-from .jetstream import is_end, keep, make_consumer, make_stream, pull, remove_consumer
+from .jetstream import is_end, keep, make_consumer, make_stream, nanoseconds, place, pull, remove_consumer
 from .nats import NatsClient, NatsServer, Options, headers, ignore
-from .nats_connection import Message, NatsConnection, size_of
+from .nats_protocol import Message, NatsConnection, write_headers
 
 logger = logging.getLogger("microservices.nats")
 
@@ -69,7 +69,7 @@ class BusOptions(Options, frozen=True, kw_only=True):
     @property
     def bounds(self) -> dict[str, Any]:
         """What a stream is made with."""
-        return {"max_msgs": self.max_length, "max_age": self.max_age, "num_replicas": self.replicas}
+        return {"max_msgs": self.max_length, "max_age": nanoseconds(self.max_age), "num_replicas": self.replicas}
 
 
 class NatsBus(NatsClient):
@@ -197,10 +197,10 @@ class NatsListener(NatsServer):
 
     async def _pull(self, connection: NatsConnection, feed: _Feed) -> None:
         inbox, messages = self.options.inbox(), asyncio.Queue[Message]()
-        await connection.hear(inbox, messages.put, self.options.max_waiting)
+        connection.hear(inbox, messages.put_nowait)
         while True:
             count = await feed.room()
-            await pull(connection, self.options.stream, feed.name, count, _WAIT, inbox)
+            pull(connection, self.options.stream, feed.name, count, _WAIT, inbox)
             with suppress(TimeoutError):
                 async with asyncio.timeout(_WAIT + _PATIENCE):
                     for _ in range(count):
@@ -210,7 +210,7 @@ class NatsListener(NatsServer):
                         self._begin(connection, feed, message)
 
     def _begin(self, connection: NatsConnection, feed: _Feed, message: Message) -> None:
-        number = message.metadata.sequence.stream
+        number = place(message).number
         if self._leaving:
             connection.post(message.reply, LATER)  # another process need not wait
         elif number not in feed.running:  # else the connection was lost, and the work goes on
@@ -237,13 +237,13 @@ class NatsListener(NatsServer):
 
         async def tell(connection: NatsConnection) -> None:
             if self._made == made:  # else another event has this number
-                await connection.put(message.reply, outcome)
+                connection.put(message.reply, outcome)
                 await connection.taken()
 
         await self._certainly(tell)
 
     async def _outcome(self, feed: _Feed, message: Message) -> bytes:
-        attempt = message.metadata.num_delivered
+        attempt = place(message).attempt
         if attempt > self.options.attempts:
             return await self._bury(feed, message, f"its process ended {attempt - 1} times")
         try:
@@ -252,8 +252,16 @@ class NatsListener(NatsServer):
             return await self._bury(feed, message, "it is no packet")
         packet.id = UNSET
         channel = message.subject.removeprefix(f"{self.options.stream}.")
-        facts = self.facts(message, feed.route)
-        task = self.handle(packet, ignore, channel=channel, delivery=feed.delivery, **facts)
+        task = self.handle(
+            packet,
+            ignore,
+            peer=self.url,
+            channel=channel,
+            delivery=feed.delivery,
+            route=feed.route,
+            headers=message.headers,
+            native=message,
+        )
         failures = await task if task is not None else []
         if not failures or feed.delivery == "each":
             return ACK
@@ -271,10 +279,10 @@ class NatsListener(NatsServer):
             dropped.add(service, self.scheme, "failed-event")
             return NEVER
         dropped.add(service, self.scheme, "dead-letter")
-        number = str(message.metadata.sequence.stream)
+        number = str(place(message).number)
         told = {"stream": self.options.stream, "subject": message.subject, "number": number, "error": why}
         subject = f"{DEAD}.{_NO_NAME.sub('-', service)}"
-        fits = len(message.data) + size_of(told) <= self.live().max_payload
+        fits = len(message.data) + len(write_headers(told)) <= self.live().info.max_payload
         await self._certainly(
             lambda connection: keep(connection, self.options.bounds, subject, message.data, told if fits else None)
         )

@@ -119,7 +119,7 @@ class _ServerConnection(FramedConnection):
             raise FrameError(f"Could not parse JSON: {error}") from error
         task = self._dispatch(packet, self.put, transport="tcp", peer=self.peer, native=self.transport)
         if task is not None:
-            self._server.keep(task)
+            self._server.tasks.add(task)
             self._running += 1
             if packet.id is not UNSET:
                 self._awaited.add(task)
@@ -141,6 +141,7 @@ class _ServerConnection(FramedConnection):
         self.hold()
 
     def _done(self, task: asyncio.Task[None]) -> None:
+        self._server.ended(task)
         self._running -= 1
         self._awaited.discard(task)
         self._active_at = self._loop.time()

@@ -126,7 +126,6 @@ def test_files_for_tls_are_refused_where_there_is_none(scheme: str) -> None:
     ("scheme", "driver", "extra"),
     [
         ("redis", "hiredis", "redis"),
-        ("nats", "nats", "nats"),
         ("amqp", "pamqp", "rmq"),
         ("kafka", "aiokafka", "kafka"),
         ("grpc", "grpc", "grpc"),

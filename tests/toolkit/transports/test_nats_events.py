@@ -14,11 +14,10 @@ import pytest
 import pytest_asyncio
 from nats.aio.client import Client as Foreign
 
-from microservices.dispatcher import Dispatcher
 from microservices.exceptions import ConfigurationError, RpcException, Unavailable
 from microservices.handlers import event_pattern, message_pattern
 from microservices.transports import parse
-from microservices.transports.base import ClientProxy, Status
+from microservices.transports.base import Status
 from microservices.transports.nats import NatsServer
 from microservices.transports.nats_events import NatsBus, NatsListener
 from tests.brokers import Nats
@@ -31,6 +30,7 @@ QUICK = "&retry_after=0.03&ack_wait=0.3"
 
 
 class TestNatsBus(EventContract):
+    roles = ("listener", "bus")
     wildcard = ("users.*", "users.created")
     carries_headers = True
     names_with_spaces = False
@@ -38,14 +38,6 @@ class TestNatsBus(EventContract):
     @pytest.fixture(autouse=True)
     def use(self, nats_url: str) -> None:
         self.url = nats_url
-
-    async def serve(self, dispatcher: Dispatcher) -> NatsListener:
-        listener = NatsListener(parse(self.url), dispatcher)
-        await listener.listen()
-        return listener
-
-    def proxy(self, dispatcher: Dispatcher, server: NatsListener) -> ClientProxy:
-        return NatsBus(parse(self.url), "events")
 
 
 class TestNatsStream(TestNatsBus):
@@ -129,9 +121,9 @@ async def dead_letters(foreign: Foreign, stream: str) -> list[tuple[dict[str, st
 def die(server: Any) -> None:
     """Do what SIGKILL does: nothing more."""
     server._keeping.cancel()
-    for task in list(server._tasks):
+    for task in list(server.tasks):
         task.cancel()
-    server._connection._transport._io_writer.transport.abort()
+    server.unwrap().transport.abort()
 
 
 @pytest.mark.asyncio

@@ -586,7 +586,7 @@ async def test_a_connection_that_was_held_for_work_of_the_last_one_is_read_again
         await client.emit("work", 1)
         await started.get()
         go_on[1].set()
-        await until(lambda: len(server._tasks) == 1)
+        await until(lambda: len(server.tasks) == 1)
         go_on[0].set()
         answer = await client.send("echo", "heard")
 
