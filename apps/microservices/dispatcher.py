@@ -31,6 +31,10 @@ MAX_SPELLING = 256
 _STREAM_TURN = 64
 
 
+# What a call is given in place of a context that nobody would look at.
+_UNSEEN = RpcContext(service="", pattern="", transport="", side="server")
+
+
 class Target(NamedTuple):
     """A handler as one door leads to it, its middlewares folded around it."""
 
@@ -47,6 +51,8 @@ class Route(NamedTuple):
     name: str
     request: Target | None
     events: tuple[Target, ...]
+    unseen: bool = False
+    """Whether nobody behind it looks at the context of a message."""
 
     def listeners(self, delivery: Delivery | None) -> tuple[Target, ...]:
         """Return the handlers that listen, or those that want an event delivered so."""
@@ -133,36 +139,39 @@ class Dispatcher:
                 reply(Response(id=packet.id, status="error", err=NoHandler().to_wire()))
             return None
         metadata = packet.metadata
-        context = RpcContext(
-            service=self.service,
-            pattern=route.name,
-            transport=transport,
-            side="server",
-            peer=peer,
-            metadata=_texts(metadata) if type(metadata) is dict else {},
-            raw_id=None if is_event else packet.id,  # type: ignore[arg-type]
-            deadline=None if metadata is UNSET else deadline_on_wire(metadata),
-            channel=route.name if channel is None else channel,
-            headers=headers,
-            native=native,
-        )
+        if metadata is UNSET and route.unseen:
+            context = _UNSEEN
+        else:
+            context = RpcContext(
+                service=self.service,
+                pattern=route.name,
+                transport=transport,
+                side="server",
+                peer=peer,
+                metadata=_texts(metadata) if type(metadata) is dict else {},
+                raw_id=None if is_event else packet.id,  # type: ignore[arg-type]
+                deadline=None if metadata is UNSET else deadline_on_wire(metadata),
+                channel=route.name if channel is None else channel,
+                headers=headers,
+                native=native,
+            )
         if is_event:
             return self._dispatch_event(route, delivery, packet.data, context)
         target = route.request or route.events[0]
         if target.call is not None:
-            self._answer_in_place(target.call, packet.data, context, reply, packet.id)
+            self._answer_in_place(target.call, packet.data, context, route.name, reply, packet.id)
             return None
         return self._spawn(self._answer(target, packet.data, context, reply, packet.id), lender.get())
 
     # Requests
 
-    def _answer_in_place(self, call: Call, data: Any, context: RpcContext, reply: Replier, id: Any) -> None:
+    def _answer_in_place(self, call: Call, data: Any, context: RpcContext, name: str, reply: Replier, id: Any) -> None:
         try:
             if context.deadline is not None:
                 context.check_deadline()
             reply(Response(response=call(data, context), is_disposed=True, id=id))
         except Exception as error:  # noqa: BLE001 - logged and answered
-            self._send(reply, self._failure(error, context, id), context)
+            self._send(reply, self._failure(error, name, id), name)
 
     async def _answer(self, target: Target, data: Any, context: RpcContext, reply: Replier, id: Any) -> None:
         current.set(context)
@@ -181,17 +190,17 @@ class Dispatcher:
         except asyncio.CancelledError as error:
             task = asyncio.current_task()
             if context.expired():
-                response = self._failure(DeadlineExceeded(), context, id)
+                response = self._failure(DeadlineExceeded(), context.pattern, id)
             elif task is None or task.cancelling():
                 raise
             else:  # what the handler awaited was cancelled, and its caller still waits
-                response = self._failure(error, context, id)
+                response = self._failure(error, context.pattern, id)
         except Exception as error:  # noqa: BLE001 - logged and answered
-            response = self._failure(error, context, id)
+            response = self._failure(error, context.pattern, id)
         finally:
             if timer is not None:
                 timer.cancel()
-        self._send(reply, response, context)
+        self._send(reply, response, context.pattern)
 
     async def _stream(self, values: AsyncIterator[Any], context: RpcContext, reply: Replier, id: Any) -> None:
         sent = 0
@@ -207,16 +216,16 @@ class Dispatcher:
             if hasattr(values, "aclose"):
                 await values.aclose()
 
-    def _send(self, reply: Replier, response: Response, context: RpcContext) -> None:
+    def _send(self, reply: Replier, response: Response, pattern: str) -> None:
         try:
             reply(response)
         except Exception as error:  # noqa: BLE001 - no JSON form, or too large: logged and answered
-            reply(self._failure(error, context, response.id))
+            reply(self._failure(error, pattern, response.id))
 
-    def _failure(self, error: BaseException, context: RpcContext, id: Any) -> Response:
+    def _failure(self, error: BaseException, pattern: str, id: Any) -> Response:
         if isinstance(error, RpcException):
             return Response(err=error.to_wire(), is_disposed=True, id=id)
-        logger.error("%s %s failed", context.service, context.pattern, exc_info=error)
+        logger.error("%s %s failed", self.service, pattern, exc_info=error)
         return Response(err={"status": "error", "message": INTERNAL}, is_disposed=True, id=id)
 
     # Events
@@ -235,7 +244,7 @@ class Dispatcher:
             try:
                 target.call(data, context)  # type: ignore[misc]  # each has one
             except Exception as error:  # noqa: BLE001 - reported
-                self._report(target, context, error)
+                self._report(target, route.name, error)
                 failures.append(error)
         # Whoever must know of it, to have the event again, asks the task.
         return self._spawn(_ended_with(failures), None) if failures else None
@@ -248,7 +257,7 @@ class Dispatcher:
             outcomes = await asyncio.gather(*(self._outcome(target, data, context) for target in targets))
         for target, outcome in zip(targets, outcomes, strict=True):
             if outcome is not None:
-                self._report(target, context, outcome)
+                self._report(target, context.pattern, outcome)
         return [outcome for outcome in outcomes if outcome is not None]
 
     @staticmethod
@@ -267,8 +276,9 @@ class Dispatcher:
             return error
         return None
 
-    def _report(self, target: Target, context: RpcContext, error: BaseException) -> None:
-        name, pattern = target.handler.name, context.pattern
+    @staticmethod
+    def _report(target: Target, pattern: str, error: BaseException) -> None:
+        name = target.handler.name
         if isinstance(error, RpcException):
             logger.warning("%s refused %s: %s", name, pattern, error)
         else:
@@ -289,6 +299,10 @@ class Dispatcher:
                     routes[door.route] = route._replace(events=(*route.events, target))
                 else:
                     routes[door.route] = route._replace(request=target)
+        for name, route in self._routes.items():
+            targets = (*route.events, route.request)
+            unseen = not middlewares and all(target is None or _unseen_by(target.handler) for target in targets)
+            self._routes[name] = route._replace(unseen=unseen)
 
     def _innermost(self, handler: Handler) -> Endpoint:
         async def all_in_pool(data: Any, context: RpcContext) -> Any:
@@ -343,6 +357,10 @@ class Dispatcher:
             task.cancel()
 
         return asyncio.get_running_loop().call_later(max(0.0, deadline - time.monotonic()), give_up)
+
+
+def _unseen_by(handler: Handler) -> bool:
+    return handler.colour is Colour.INLINE and not handler.takes_context
 
 
 async def _ended_with(failures: list[Exception]) -> list[Exception]:

@@ -141,6 +141,7 @@ class Handler:
         if len(required) > 2 or any(p.kind is p.KEYWORD_ONLY for p in required):
             raise ConfigurationError(f"{self.name}: a handler takes (data, context), (data) or nothing.")
         self._arguments = min(2, sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters))
+        self.takes_context = self._arguments == 2
         self.invoke = self._call_with(self._arguments)
         hints = self._hints()
         self.payload = hints.get(parameters[0].name, Any) if self._arguments else Any

@@ -128,6 +128,8 @@ class FramedConnection(FlowProtocol):
         self._max_unsent = max_send_buffer_size
         self._out_size = 0
         self._pumping = False
+        self.busy = False
+        """Whether nothing more should be read for now."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
@@ -148,10 +150,6 @@ class FramedConnection(FlowProtocol):
         """End a connection whose bytes make no sense."""
         raise NotImplementedError
 
-    def held(self) -> bool:
-        """Whether nothing more should be read for now."""
-        return self._writable is not None
-
     def data_received(self, data: bytes) -> None:
         self._frames.feed(data)
         self.pump()
@@ -163,7 +161,7 @@ class FramedConnection(FlowProtocol):
         self._pumping = True
         try:
             for _ in range(FRAMES_PER_TURN):
-                if self.held():
+                if self.busy or self._writable is not None:
                     self.hold()
                     break
                 body = self._frames.next()

@@ -86,7 +86,7 @@ class _ServerConnection(FramedConnection):
 
     def eof_received(self) -> bool:
         # A peer that only closed its writing side still gets what it asked for.
-        self._no_more = True
+        self._no_more = self.busy = True
         return bool(self._awaited)
 
     def data_received(self, data: bytes) -> None:
@@ -95,16 +95,13 @@ class _ServerConnection(FramedConnection):
 
     def pump(self) -> None:
         super().pump()
-        waiting = self._frames.partial and not self.held() and not self._held
+        waiting = self._frames.partial and not self.busy and self._writable is None and not self._held
         if not waiting and self._half_frame is not None:
             self._half_frame.cancel()
             self._half_frame = None
         elif waiting and self._half_frame is None and not self.transport.is_closing():
             seconds = self._options.incomplete_message_timeout
             self._half_frame = self._loop.call_later(seconds, self._half_frame_is_late)
-
-    def held(self) -> bool:
-        return self._writable is not None or self._no_more or self._running >= self._max_in_flight
 
     def take(self, body: bytes) -> None:
         if self._half_frame is not None:  # its time counts from the frame's first byte
@@ -121,6 +118,8 @@ class _ServerConnection(FramedConnection):
         if task is not None:
             self._server.tasks.add(task)
             self._running += 1
+            if self._running >= self._max_in_flight:
+                self.busy = True
             if packet.id is not UNSET:
                 self._awaited.add(task)
             task.add_done_callback(self._done)
@@ -137,12 +136,13 @@ class _ServerConnection(FramedConnection):
 
     def stop_reading(self) -> None:
         """Take no further request; running ones are still answered."""
-        self._no_more = True
+        self._no_more = self.busy = True
         self.hold()
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._server.ended(task)
         self._running -= 1
+        self.busy = self._no_more or self._running >= self._max_in_flight
         self._awaited.discard(task)
         self._active_at = self._loop.time()
         if self._no_more and not self._awaited:
@@ -252,7 +252,6 @@ class _ClientConnection(FramedConnection):
         super().__init__(client.options.max_buffer_size, client.options.max_send_buffer_size, client.encode)
         self._client = client
         self._decode = client.decode
-        self._full = False
         self._why: Exception | None = None
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -265,19 +264,16 @@ class _ClientConnection(FramedConnection):
         except (PacketError, msgspec.DecodeError, UnicodeDecodeError) as error:
             raise FrameError(f"Could not parse JSON: {error}") from error
         full = self._client.receive(reply)
-        if full is not None and not self._full:
-            self._full = True
+        if full is not None and not self.busy:
+            self.busy = True
             full.add_done_callback(self._has_room)
-
-    def held(self) -> bool:
-        return self._full
 
     def refuse(self, error: Exception) -> None:
         self._why = error
         self.transport.abort()
 
     def _has_room(self, _: asyncio.Future[None]) -> None:
-        self._full = False
+        self.busy = False
         self.pump()
 
 
