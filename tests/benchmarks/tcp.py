@@ -37,12 +37,15 @@ COUNT = packet("count", None, id="0123456789abcdef01234")
 
 def server(stack: ExitStack) -> Iterator[Case]:
     """Yield the cases of the server: like for like, and with all features on."""
-    nests, plain = _nests(stack), _ours(stack)
+    nests, plain = _nests(stack), _ours(stack, OURS_ON)
+    plain.append(_own(stack, "ours, inline, no uvloop", OURS_ON, loop="asyncio"))
     for connections, in_flight, calls in SHAPES:
         yield _case(
             f"server, {connections} x {in_flight} in flight", [*nests, *plain], SUM, connections, in_flight, calls
         )
-    yield _case("server, all features on, 1 x 128 in flight", [*nests, *_ours(stack, all=True)], USER, 1, 128, 60_000)
+    yield _case(
+        "server, all features on, 1 x 128 in flight", [*nests, *_ours(stack, ALL_ON, all=True)], USER, 1, 128, 60_000
+    )
 
 
 def client(stack: ExitStack) -> Iterator[Case]:
@@ -63,7 +66,7 @@ def client(stack: ExitStack) -> Iterator[Case]:
 
 def events(stack: ExitStack) -> Iterator[Case]:
     """Yield the case of events that a handler counts; a request behind them tells when all were heard."""
-    sides = [*_nests(stack), *_ours(stack)]
+    sides = [*_nests(stack), *_ours(stack, OURS_ON)]
     yield Case(
         "events, 1 connection",
         100_000,
@@ -91,17 +94,13 @@ def _nests(stack: ExitStack) -> list[Served]:
     ]
 
 
-def _ours(stack: ExitStack, **facts: Any) -> list[Served]:
-    on = ALL_ON if facts else OURS_ON
-    names = {"inline": "ours, inline", "task": "ours, async"}
-    return [
-        (
-            name,
-            on,
-            *_start(stack, name, lambda told, colour=colour: ours("service.py", {**told, "colour": colour, **facts})),
-        )
-        for colour, name in names.items()
-    ]
+def _ours(stack: ExitStack, on: str, **facts: Any) -> list[Served]:
+    colours = {"ours, inline": "inline", "ours, async": "task"}
+    return [_own(stack, name, on, colour=colour, **facts) for name, colour in colours.items()]
+
+
+def _own(stack: ExitStack, name: str, on: str, **facts: Any) -> Served:
+    return name, on, *_start(stack, name, lambda told: ours("service.py", {**told, **facts}))
 
 
 def _start(stack: ExitStack, name: str, program: Callable[[dict[str, Any]], Program]) -> tuple[Process, int]:

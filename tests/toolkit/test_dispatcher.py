@@ -12,6 +12,7 @@ from microservices.context import RpcContext, current
 from microservices.dispatcher import MAX_SPELLINGS, Dispatcher
 from microservices.exceptions import RpcException
 from microservices.handlers import event_pattern, message_pattern
+from microservices.middleware import Call, Endpoint
 from microservices.packets import Packet
 from tests.toolkit.conftest import Answers, Recorder, packet, service, settled
 
@@ -409,3 +410,119 @@ def test_the_routes_of_a_service_can_be_listed() -> None:
     assert json.dumps(sorted(routes)) == json.dumps(["made", '{"cmd":"ask"}'])
     assert routes["made"].request is None
     assert routes['{"cmd":"ask"}'].events == ()
+
+
+# What runs in place
+
+
+@pytest.mark.asyncio
+async def test_inline_listeners_have_heard_before_dispatch_returns() -> None:
+    heard = []
+
+    @event_pattern("made", inline=True)
+    def one(data: int) -> None:
+        heard.append(("one", data))
+
+    @event_pattern("made", inline=True)
+    def other(data: int, ctx: RpcContext) -> None:
+        heard.append((ctx.pattern, data))
+
+    task = service(one, other).dispatch(packet("made", 1, id=None), Answers(), transport="test", peer="")
+
+    assert task is None
+    assert heard == [("one", 1), ("made", 1)]
+
+
+@pytest.mark.asyncio
+async def test_an_inline_listener_that_fails_holds_up_no_other_and_is_told_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    heard = []
+
+    @event_pattern("made", inline=True)
+    def broken(data: int) -> None:
+        raise ZeroDivisionError
+
+    @event_pattern("made", inline=True)
+    def sound(data: int) -> None:
+        heard.append(data)
+
+    task = service(broken, sound).dispatch(packet("made", 1, id=None), Answers(), transport="test", peer="")
+
+    assert heard == [1]
+    assert task is not None
+    assert [type(failure) for failure in await task] == [ZeroDivisionError]
+    assert "broken failed to handle made" in caplog.text
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("metadata", [{}, {"traceparent": "00-1"}])
+async def test_an_inline_handler_that_wants_the_context_gets_that_of_its_message(metadata: dict[str, str]) -> None:
+    @message_pattern("ask", inline=True)
+    def handler(data: int, ctx: RpcContext) -> list[Any]:
+        return [ctx.service, ctx.pattern, ctx.channel, ctx.transport, ctx.peer, ctx.id, ctx.metadata]
+
+    fields: dict[str, Any] = {"metadata": metadata} if metadata else {}
+
+    (answer,) = await ask(service(handler), packet("ask", 1, **fields))
+
+    assert answer["response"] == ["shop", "ask", "ask", "test", "peer:1", "1", metadata]
+
+
+class Noting:
+    """A middleware that can stand before an inline handler as well."""
+
+    def __init__(self, name: str, notes: list[str]) -> None:
+        self.name = name
+        self.notes = notes
+
+    def __call__(self, endpoint: Endpoint) -> Endpoint:
+        async def noted(data: Any, context: RpcContext) -> Any:
+            self.notes.append(f"{self.name} {context.pattern} in a task")
+            return await endpoint(data, context)
+
+        return noted
+
+    def in_place(self, call: Call) -> Call:
+        def noted(data: Any, context: RpcContext) -> Any:
+            self.notes.append(f"{self.name} {context.pattern} in place")
+            return call(data, context)
+
+        return noted
+
+
+@pytest.mark.asyncio
+async def test_an_inline_handler_stays_in_place_behind_middlewares_that_can_stand_there() -> None:
+    notes: list[str] = []
+
+    @message_pattern("ask", inline=True)
+    def handler(data: int) -> int:
+        return data
+
+    @event_pattern("made", inline=True)
+    def made(data: int) -> None: ...
+
+    dispatcher = service(handler, made, middlewares=[Noting("first", notes), Noting("second", notes)])
+    answers = Answers()
+
+    assert dispatcher.dispatch(packet("ask", 1), answers, transport="test", peer="") is None
+    assert dispatcher.dispatch(packet("made", 1, id=None), answers, transport="test", peer="") is None
+
+    assert answers.packets == [{"response": 1, "isDisposed": True, "id": "1"}]
+    assert notes == [f"{name} {what} in place" for what in ("ask", "made") for name in ("first", "second")]
+
+
+@pytest.mark.asyncio
+async def test_one_middleware_that_may_wait_makes_it_a_task() -> None:
+    notes: list[str] = []
+    recorder = Recorder()
+
+    @message_pattern("ask", inline=True)
+    def handler(data: int) -> int:
+        return data
+
+    (answer,) = await ask(service(handler, middlewares=[Noting("first", notes), recorder]), packet("ask", 1))
+
+    assert answer["response"] == 1
+    assert notes == ["first ask in a task"]
+    assert len(recorder.calls) == 1

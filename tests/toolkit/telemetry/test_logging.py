@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from microservices.context import RpcContext
-from microservices.exceptions import DeadlineExceeded, RpcException
+from microservices.exceptions import ConfigurationError, DeadlineExceeded, RpcException
 from microservices.middleware import Endpoint
 from microservices.telemetry.logging import CallLog, JsonFormatter
 from tests.toolkit.conftest import context
@@ -311,3 +311,50 @@ async def test_a_call_is_json_by_its_facts(calls: CallLog, lines: Lines) -> None
 
     assert (line["pattern"], line["status"], line["id"], line["peer"]) == ("order_created", 200, "-", "-")
     assert "message" not in line
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("in_place", [True, False])
+async def test_a_part_of_the_calls_is_noted_and_every_failure(
+    logger: logging.Logger, lines: Lines, in_place: bool
+) -> None:
+    calls = CallLog(logger, sample=0.25)
+
+    def handle(data: Any, context: RpcContext) -> Any:
+        if data == "bad":
+            raise RpcException({"statusCode": 409, "message": "no"})
+        return data
+
+    async def endpoint(data: Any, context: RpcContext) -> Any:
+        return handle(data, context)
+
+    async def call(data: Any) -> None:
+        if in_place:
+            calls.in_place(handle)(data, context())
+        else:
+            await calls(endpoint)(data, context())
+
+    for _ in range(8):
+        await call("good")
+    for _ in range(3):
+        with pytest.raises(RpcException):
+            await call("bad")
+
+    assert [line["status"] for line in fields(calls, lines)] == [200, 200, 409, 409, 409]
+
+
+@pytest.mark.asyncio
+async def test_a_bug_in_an_inline_handler_is_one_line_of_status_500(calls: CallLog, lines: Lines) -> None:
+    def broken(data: Any, context: RpcContext) -> Any:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        calls.in_place(broken)(None, context())
+
+    assert [line["status"] for line in fields(calls, lines)] == [500]
+
+
+@pytest.mark.parametrize("sample", [-0.1, 1.1])
+def test_a_sample_is_a_part(sample: float) -> None:
+    with pytest.raises(ConfigurationError, match="between 0 and 1"):
+        CallLog(sample=sample)
