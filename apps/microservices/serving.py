@@ -22,6 +22,7 @@ from .transports import sockets
 
 logger = logging.getLogger("microservices")
 
+BACKLOG = 1024  # connections that wait to be taken
 MAX_WEBSOCKET_MESSAGE = 4096  # bytes: browsers listen more than they say
 
 
@@ -54,12 +55,14 @@ class HttpServer(uvicorn.Server):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Return a socket bound to a port. Raises ConfigurationError where it is taken."""
+    """Return a socket that listens on a port. Raises ConfigurationError where it is taken."""
     # Bound here, since inside its loop uvicorn would answer a taken port with SystemExit.
     bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind((host, port))
+        # At once: whoever asks while the process starts waits for an answer, and is not refused.
+        bound.listen(BACKLOG)
     except (OSError, OverflowError) as error:
         bound.close()
         reason = getattr(error, "strerror", None) or error

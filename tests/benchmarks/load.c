@@ -3,6 +3,7 @@
 //     load PORT CONNECTIONS IN_FLIGHT CALLS REQUEST [QUESTION]
 //
 // REQUEST is the JSON of a packet, always sent as it stands; so all answers must be the same, and are compared.
+// One that begins with "GET " is sent over HTTP/1.1 instead, and the bodies are compared.
 // With a QUESTION the requests are events, sent as fast as they are taken; it is asked after the last one, and
 // its answer ends the run. Prints one line of JSON: times in seconds, latencies in milliseconds.
 #define _GNU_SOURCE
@@ -15,6 +16,7 @@
 #include <time.h>
 
 #include "frames.h"
+#include "http.h"
 
 typedef struct {
     int socket;
@@ -29,7 +31,7 @@ typedef struct {
 
 static char frame[BUFFER / 4], answer[BUFFER / 4];
 static size_t frame_size, answer_size;
-static int in_flight, events;
+static int in_flight, events, http;
 static double *latencies;
 static long heard, failed;
 
@@ -93,6 +95,15 @@ static void take(char *body, size_t size) {
     failed += size != answer_size || memcmp(answer, body, size) != 0;
 }
 
+static char *next(char *from, char *to, char **body, size_t *size) {
+    if (http) {
+        return next_answer(from, to, body, size);
+    }
+    char *end = next_frame(from, to, body);
+    *size = end - *body;
+    return end;
+}
+
 static void receive(Connection *one) {
     ssize_t size = recv(one->socket, one->in + one->held, BUFFER - one->held, 0);
     if (size < 0 && errno == EAGAIN) {
@@ -104,10 +115,11 @@ static void receive(Connection *one) {
     }
     one->held += size;
     double at = now();
-    char *from = one->in, *to = one->in + one->held, *body, *end;
+    char *from = one->in, *to = one->in + one->held, *body = from, *end;
+    size_t length;
     long answers = 0;
-    while ((end = next_frame(from, to, &body)) != NULL) {
-        take(body, end - body);
+    while ((end = next(from, to, &body, &length)) != NULL) {
+        take(body, length);
         latencies[heard++] = at - one->sent_at[one->tail++ % in_flight];
         answers++;
         from = end;
@@ -145,7 +157,9 @@ int main(int count, char **words) {
     in_flight = atoi(words[3]);
     long calls = atol(words[4]) / connections;
     events = count > 6;
-    frame_size = snprintf(frame, sizeof frame, "%zu#%s", strlen(words[5]), words[5]);
+    http = strncmp(words[5], "GET ", 4) == 0;
+    frame_size = http ? snprintf(frame, sizeof frame, "%s", words[5])
+                      : snprintf(frame, sizeof frame, "%zu#%s", strlen(words[5]), words[5]);
     if (frame_size >= sizeof frame) {
         fputs("the request is too large\n", stderr);
         return 2;

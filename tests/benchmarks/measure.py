@@ -46,13 +46,13 @@ class Case(NamedTuple):
 
 
 class Row(NamedTuple):
-    """The medians of one side, and how it compares to the faster NestJS: above 1 it is better."""
+    """The medians of one side, and how it compares to the faster NestJS, else to the first side: above 1 is better."""
 
     name: str
     on: str
     sample: Sample
-    rate_ratio: float | None
-    cpu_ratio: float | None
+    rate_ratio: float
+    cpu_ratio: float
     spread: float
     """The largest deviation of its CPU from the median, as a part of that."""
 
@@ -72,15 +72,15 @@ def measure(case: Case, rounds: int) -> list[Row]:
         for side in case.sides:
             samples[side.name].append(side.run(case.calls))
     medians = {name: _median(taken) for name, taken in samples.items()}
-    peers = [sample for name, sample in medians.items() if name.startswith("NestJS")]
+    peers = [sample for name, sample in medians.items() if name.startswith("NestJS")] or [medians[case.sides[0].name]]
     return [
         Row(
             side.name,
             side.on,
             median := medians[side.name],
-            median.rate / max(peer.rate for peer in peers) if peers else None,
-            min(peer.cpu for peer in peers) / median.cpu if peers and median.cpu else None,
-            max(abs(sample.cpu - median.cpu) for sample in samples[side.name]) / median.cpu if median.cpu else 0,
+            median.rate / max(peer.rate for peer in peers),
+            min(peer.cpu for peer in peers) / median.cpu,
+            max(abs(sample.cpu - median.cpu) for sample in samples[side.name]) / median.cpu,
         )
         for side in case.sides
     ]

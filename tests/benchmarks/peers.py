@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .measure import Sample
-from .processes import FIRST_CORE, LAST_CORE, NOTHING, Process, call
+from .processes import FIRST_CORE, LAST_CORE, NOTHING, Process, Tree, call
 
 HERE = Path(__file__).parent
 NESTS = ("nest11", "nest12")
@@ -69,7 +69,7 @@ def ours(script: str, facts: dict[str, Any]) -> Program:
     return Program([sys.executable, str(HERE / script), json.dumps(facts)])
 
 
-def served(server: Process, load: Callable[[int], dict[str, Any]]) -> Run:
+def served(server: Tree, load: Callable[[int], dict[str, Any]]) -> Run:
     """Return what makes calls by `load` and takes the server's time."""
 
     def run(calls: int) -> Sample:
@@ -91,7 +91,7 @@ def served(server: Process, load: Callable[[int], dict[str, Any]]) -> Run:
     return run
 
 
-def made_by(client: Callable[[int], dict[str, Any]], server: Process) -> Run:
+def made_by(client: Callable[[int], dict[str, Any]], server: Tree) -> Run:
     """Return what takes the time of a client that makes calls to a `server`."""
 
     def run(calls: int) -> Sample:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +25,35 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 _SCHEDULED = 2  # CPUCLOCK_SCHED of clock_getcpuclockid(3): a process's time on a core, in nanoseconds
 
 
-class Process:
+class Tree:
+    """A process and those that it started: what they take."""
+
+    def __init__(self, name: str, pid: int) -> None:
+        self.name = name
+        self.pid = pid
+
+    @property
+    def pids(self) -> list[int]:
+        """All of them, this one first."""
+        return list(_tree(self.pid))
+
+    @property
+    def cpu(self) -> float:
+        """Seconds on a core so far: all threads of all of them."""
+        return sum(time.clock_gettime((~pid << 3) | _SCHEDULED) for pid in self.pids)
+
+    @property
+    def memory(self) -> float:
+        """Resident megabytes."""
+        return sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in self.pids) * _PAGE / 1e6
+
+    @property
+    def share(self) -> float:
+        """Megabytes where a page that several processes share counts in parts (PSS)."""
+        return sum(_proportional(pid) for pid in self.pids) / 1e3
+
+
+class Process(Tree):
     """A process that says `ready` and runs until its standard input closes."""
 
     def __init__(
@@ -34,33 +64,21 @@ class Process:
         env: Mapping[str, str] = NOTHING,
         folder: Path | None = None,
     ) -> None:
-        self.name = name
-        self._process = subprocess.Popen(
-            ["taskset", "-c", str(core), *command],
-            env={**os.environ, **env},
-            cwd=folder,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        assert self._process.stdout is not None
-        assert self._process.stderr is not None
-        if self._process.stdout.readline() != b"ready\n":
-            raise RuntimeError(f"{name} did not start: {self._process.stderr.read().decode()}")
-
-    @property
-    def cpu(self) -> float:
-        """Seconds on a core so far: all threads of the process and of those that it started."""
-        return sum(time.clock_gettime((~pid << 3) | _SCHEDULED) for pid in _tree(self._process.pid))
-
-    @property
-    def memory(self) -> float:
-        """Resident megabytes of the process and of those that it started."""
-        return (
-            sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in _tree(self._process.pid))
-            * _PAGE
-            / 1e6
-        )
+        with tempfile.TemporaryFile() as errors:  # a pipe that nobody reads would fill up
+            self._process = subprocess.Popen(
+                ["taskset", "-c", str(core), *command],
+                env={**os.environ, **env},
+                cwd=folder,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+            )
+            super().__init__(name, self._process.pid)
+            ready = self._process.stdout
+            if not select.select([ready], [], [], START_TIMEOUT)[0] or ready is None or ready.readline() != b"ready\n":
+                self._process.kill()
+                errors.seek(0)
+                raise RuntimeError(f"{name} did not start: {errors.read().decode()}")
 
     def stop(self) -> None:
         """Close its standard input, and wait for its end."""
@@ -109,3 +127,8 @@ def _tree(pid: int) -> Iterator[int]:
     for children in Path(f"/proc/{pid}/task").glob("*/children"):
         for child in children.read_text().split():
             yield from _tree(int(child))
+
+
+def _proportional(pid: int) -> float:
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) * 1.024 for line in lines if line.startswith("Pss:"))

@@ -45,7 +45,7 @@ def heading(facts: dict[str, Any]) -> str:
 
 
 def table(workload: str, case: Case, rounds: int, rows: Sequence[Row]) -> str:
-    """Return one case as a table; a ratio above 1 is better than the faster NestJS."""
+    """Return one case as a table; a ratio above 1 is better than the faster NestJS, or the first side."""
     lines = [_COLUMNS, *(_cells(row) for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(_COLUMNS))]
     title = f"{workload}: {case.name}, {case.calls:,} calls, {rounds} rounds, medians"
@@ -64,7 +64,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     sample = row.sample
     return (
         row.name,
-        f"{sample.rate:,.0f}",
+        f"{sample.rate:,.0f}" if sample.rate >= 100 else f"{sample.rate:.2f}",
         _number(row.rate_ratio, 2),
         _number(sample.cpu, 1),
         _number(row.cpu_ratio, 2),

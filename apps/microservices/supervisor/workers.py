@@ -13,7 +13,7 @@ from .. import transports
 from ..conf import get_settings
 from ..exceptions import ConfigurationError
 from ..microservice import get_microservice, services_here
-from ..serving import bind
+from ..serving import BACKLOG, bind
 from ..transports import Address, Role
 from ..transports.base import Server
 from ..transports.tcp import TcpServer
@@ -23,7 +23,6 @@ from .process import Process, StartFailed, Supervisor
 logger = logging.getLogger("microservices.supervisor")
 
 HTTP = "http"
-BACKLOG = 1024  # connections that wait while every worker is away
 
 
 class Worker(Process):
@@ -84,7 +83,6 @@ def hold(host: str, port: int | None, urls: Mapping[str, Sequence[str]] | None) 
     try:
         if port is not None:
             held[HTTP] = bind(host, port)
-            held[HTTP].listen(BACKLOG)
         for service, address, role in _doors(urls):
             server: type[Server] = transports.load(address, role)
             if not server.opens_port:

@@ -444,7 +444,8 @@ class GrpcClient(ClientProxy):
 
     async def send(self, data: Any, context: RpcContext) -> Raw | None:
         method = self._method(context.pattern)
-        await self._until_ready(context)
+        if not self._usable(context):
+            await self._until_ready(context)
         running = self._begin(method, data, context)
         with self._watching(running, context):
             if method.server_streaming:
@@ -461,7 +462,8 @@ class GrpcClient(ClientProxy):
             if value is not None:
                 yield value
             return
-        await self._until_ready(context)
+        if not self._usable(context):
+            await self._until_ready(context)
         running = self._begin(method, data, context)
         with self._watching(running, context):
             while True:

@@ -361,7 +361,7 @@ async def test_an_event_that_ends_every_process_is_a_dead_letter(events: Events)
         for _ in range(2):
             async with events.listening(hangs, options="&attempts=2") as victim:
                 await started.get()
-                await until(lambda victim=victim: len(victim._tasks) == 1)  # it has counted, if it had to
+                await until(lambda victim=victim: len(victim.tasks) == 1)  # it has counted, if it had to
                 await waiting(events.channel, events.queue)
                 die(victim)
         async with events.listening(hangs, options="&attempts=2"):
@@ -435,7 +435,7 @@ async def test_an_event_that_waits_for_its_next_attempt_outlives_its_process(eve
         async with events.listening(fails, options="&retry_after=0.3") as victim:
             await bus.emit("made", 1)
             await failed.wait()
-            await until(lambda: not victim._tasks)
+            await until(lambda: not victim.tasks)
             die(victim)
         async with events.listening(taking(taken), options="&retry_after=0.3"):
             await until(lambda: bool(taken))
