@@ -68,59 +68,51 @@ class Total(msgspec.Struct):
     total: int
 
 
-class Bench:
-    """The handlers, in the colour that is measured."""
+def handlers(colour: str, topics: bool) -> list[Handler]:
+    """Return the handlers, written in one colour; a topic of Kafka has a plain name."""
+    heard = 0
 
-    def __init__(self, colour: str, topics: bool) -> None:
-        self._colour = colour
-        self._heard = 0
-        self.handlers = [
-            self._answering("sum" if topics else {"cmd": "sum"}, self.add),
-            self._answering("user", self.greet),
-            self._answering("count", self.count),
-            Handler(event_pattern("noted", inline=colour == "inline")(self._coloured(self.note))),
-            Handler(grpc_method("Bench", "Sum")(self._coloured(self.total))),
-        ]
-
-    def add(self, data: list[int]) -> int:
+    def add(data: list[int]) -> int:
         return sum(data)
 
-    def total(self, data: Numbers) -> Total:
-        return Total(sum(data.numbers))
-
-    def greet(self, data: Name) -> Greeting:
+    def greet(data: Name) -> Greeting:
         return Greeting(data.id, data.name, f"Hello, {data.name}!")
 
-    def note(self, data: Noted) -> None:
-        self._heard += 1
+    def note(data: Noted) -> None:
+        nonlocal heard
+        heard += 1
 
-    def count(self, data: Any) -> int:
-        return self._heard
+    def count(data: Any) -> int:
+        return heard
 
-    def _answering(self, pattern: Any, function: Callable[[Any], Any]) -> Handler:
-        return Handler(message_pattern(pattern, inline=self._colour == "inline")(self._coloured(function)))
+    def total(data: Numbers) -> Total:
+        return Total(sum(data.numbers))
 
-    def _coloured(self, function: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        if self._colour == "task":
+    def coloured(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        if colour != "task":
+            return function
 
-            async def handle(data: Any) -> Any:
-                return function(data)
-
-        else:
-
-            def handle(data: Any) -> Any:
-                return function(data)
+        async def handle(data: Any) -> Any:
+            return function(data)
 
         handle.__annotations__ = function.__annotations__
         return handle
+
+    inline = colour == "inline"
+    answering = {"user": greet, "count": count}
+    return [
+        Handler(message_pattern("sum" if topics else {"cmd": "sum"}, inline=inline)(coloured(add))),
+        *(Handler(message_pattern(name, inline=inline)(coloured(each))) for name, each in answering.items()),
+        Handler(event_pattern("noted", inline=inline)(coloured(note))),
+        Handler(grpc_method("Bench", "Sum")(coloured(total))),
+    ]
 
 
 async def main(facts: Facts) -> None:
     address = transports.parse(facts.url)
     address = address._replace(options={**address.options, **facts.options})
     middlewares = [CallLog(sample=0.01)] if facts.all else []
-    bench = Bench(facts.colour, address.scheme == "kafka")
-    dispatcher = Dispatcher("bench", bench.handlers, Executor(), middlewares)
+    dispatcher = Dispatcher("bench", handlers(facts.colour, address.scheme == "kafka"), Executor(), middlewares)
     servers = [transports.load(address, "server")(address, dispatcher)]
     if facts.bus:
         bus = transports.parse(facts.bus)

@@ -6,6 +6,7 @@ A frame is `<length>#<json>`, the length counted in UTF-16 code units (nest-wire
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Awaitable
 from typing import cast
 
@@ -56,20 +57,30 @@ class FrameReader:
         self._start = 0
         self._buffer += data
 
-    def next(self) -> bytes | None:
-        """Return the next body, or None while it is not complete. Raises FrameError."""
+    def cut(self, most: int) -> list[bytes]:
+        """Return bodies that are complete, at most so many; none where the next one is not. Raises FrameError."""
+        found: list[bytes] = []
+        buffer, start = self._buffer, self._start
         if self._left < 0:
             # As nearly all are, whole and ASCII: bytes and units are the same.
-            buffer, start = self._buffer, self._start
-            mark = buffer.find(b"#", start, start + MAX_HEADER + 1)
-            if mark > start and (header := buffer[start:mark]).isdigit() and (units := int(header)) <= self._max_units:
-                end = mark + 1 + units
+            for _ in range(most):
+                mark = buffer.find(b"#", start, start + MAX_HEADER + 1)
+                if mark <= start or not (header := buffer[start:mark]).isdigit():
+                    break
+                end = mark + 1 + (units := int(header))
                 body = buffer[mark + 1 : end]
-                if len(body) == units and body.isascii():
-                    self._start = end
-                    return body if type(body) is bytes else bytes(body)
-            if not self._read_header():
-                return None
+                if len(body) < units or units > self._max_units or not body.isascii():
+                    break
+                found.append(body if type(body) is bytes else bytes(body))
+                start = end
+            self._start = start
+        if not found and (any_other := self._next()) is not None:
+            found.append(any_other)
+        return found
+
+    def _next(self) -> bytes | None:
+        if self._left < 0 and not self._read_header():
+            return None
         buffer = self._buffer
         while self._left > 0:
             if len(buffer) - self._scanned < self._left:  # a unit is at least one byte
@@ -124,6 +135,7 @@ class FramedConnection(FlowProtocol):
         super().__init__()
         self._encode = encode
         self._frames = FrameReader(max_buffer_size)
+        self._bodies: deque[bytes] = deque()  # cut, but not taken yet
         self._max_units = max_buffer_size
         self._max_unsent = max_send_buffer_size
         self._out_size = 0
@@ -164,11 +176,12 @@ class FramedConnection(FlowProtocol):
                 if self.busy or self._writable is not None:
                     self.hold()
                     break
-                body = self._frames.next()
-                if body is None:
-                    self.release()
-                    break
-                self.take(body)
+                if not self._bodies:
+                    self._bodies.extend(self._frames.cut(FRAMES_PER_TURN))
+                    if not self._bodies:
+                        self.release()
+                        break
+                self.take(self._bodies.popleft())
             else:
                 self.hold()
                 self._loop.call_soon(self.pump)

@@ -32,8 +32,8 @@ def read(reader: FrameReader, pieces: list[bytes]) -> list[bytes]:
     bodies = []
     for piece in pieces:
         reader.feed(piece)
-        while (body := reader.next()) is not None:
-            bodies.append(body)
+        while cut_out := reader.cut(3):
+            bodies += cut_out
     return bodies
 
 
