@@ -106,6 +106,12 @@ def beyond_deadline() -> Iterator[None]:
         current.reset(token)
 
 
+def given_up(metadata: object) -> bool:
+    """Return whether a packet's metadata tells that its caller had no time left when it was sent."""
+    text = metadata.get("deadline") if type(metadata) is dict else None
+    return isinstance(text, str) and text != "" and not text.strip("0")
+
+
 def deadline_on_wire(metadata: object) -> float | None:
     """Return the deadline that a packet's metadata asks for, as a reading of `time.monotonic()`.
 

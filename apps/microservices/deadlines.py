@@ -22,7 +22,7 @@ class Deadlines(Generic[E]):
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, expire: Callable[[E], None]) -> None:
-        self._loop = loop
+        self.loop = loop
         self._expire = expire
         self._ticks: dict[int, set[E]] = {}
 
@@ -32,14 +32,14 @@ class Deadlines(Generic[E]):
         tick = self._ticks.get(number)
         if tick is None:
             tick = self._ticks[number] = set()
-            self._loop.call_later(max(0.0, number * TICK - time.monotonic()), self._passed, number)
+            self.loop.call_later(max(0.0, number * TICK - time.monotonic()), self._passed, number)
         tick.add(entry)
         return tick
 
     def _passed(self, number: int) -> None:
         early = number * TICK - time.monotonic()
         if early > 0:  # some loops count in milliseconds
-            self._loop.call_later(early + 0.001, self._passed, number)
+            self.loop.call_later(early + 0.001, self._passed, number)
             return
         for entry in list(self._ticks.pop(number)):
             self._expire(entry)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextvars import Context
 from functools import partial
@@ -13,7 +12,8 @@ from typing import Any, NamedTuple
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
-from .context import NO_HEADERS, RpcContext, current, deadline_on_wire
+from .context import NO_HEADERS, RpcContext, current, deadline_on_wire, given_up
+from .deadlines import Deadlines
 from .exceptions import INTERNAL, DeadlineExceeded, NoHandler, RpcException
 from .executor import Executor, Lender, lender
 from .handlers import Colour, Delivery, Door, Handler
@@ -70,6 +70,7 @@ class Dispatcher:
         self.service = service
         self.handlers = tuple(handlers)
         self._executor = executor
+        self._deadlines: Deadlines[asyncio.Task[Any] | None] | None = None
         self._routes: dict[str, Route] = {}
         # Apart, so that no other transport leads to them.
         self._methods: dict[str, Route] = {}
@@ -139,7 +140,7 @@ class Dispatcher:
                 reply(Response(id=packet.id, status="error", err=NoHandler().to_wire()))
             return None
         metadata = packet.metadata
-        if metadata is UNSET and route.unseen:
+        if route.unseen and (metadata is UNSET or not given_up(metadata)):
             context = _UNSEEN
         else:
             context = RpcContext(
@@ -177,10 +178,12 @@ class Dispatcher:
         current.set(context)
         if target.door.deadline is not None:
             context.cap_deadline(target.door.deadline)
-        timer = None if context.deadline is None else self._cancel_at_deadline(context.deadline, context)
+        deadline, tick, task = context.deadline, None, None
         try:
-            if timer is not None:
+            if deadline is not None:
                 context.check_deadline()
+                task = asyncio.current_task()
+                tick = self._watch(deadline, task)
             result = await target.endpoint(data, context)
             if target.handler.colour is Colour.STREAM:
                 await self._stream(result, context, reply, id)
@@ -198,8 +201,8 @@ class Dispatcher:
         except Exception as error:  # noqa: BLE001 - logged and answered
             response = self._failure(error, context.pattern, id)
         finally:
-            if timer is not None:
-                timer.cancel()
+            if tick is not None:
+                tick.discard(task)
         self._send(reply, response, context.pattern)
 
     async def _stream(self, values: AsyncIterator[Any], context: RpcContext, reply: Replier, id: Any) -> None:
@@ -346,17 +349,16 @@ class Dispatcher:
             fresh.run(lender.set, waiting)
         return asyncio.get_running_loop().create_task(work, context=fresh)
 
-    @staticmethod
-    def _cancel_at_deadline(deadline: float, context: RpcContext) -> asyncio.TimerHandle | None:
-        task = asyncio.current_task()
-        if task is None:
-            return None
+    def _watch(self, deadline: float, task: asyncio.Task[Any] | None) -> set[asyncio.Task[Any] | None]:
+        loop = asyncio.get_running_loop()
+        if self._deadlines is None or self._deadlines.loop is not loop:
+            self._deadlines = Deadlines(loop, _cancel)
+        return self._deadlines.add(deadline, task)
 
-        def give_up() -> None:
-            context.cap_deadline(0)  # timers may fire a moment early; from here on it has passed
-            task.cancel()
 
-        return asyncio.get_running_loop().call_later(max(0.0, deadline - time.monotonic()), give_up)
+def _cancel(task: asyncio.Task[Any] | None) -> None:
+    if task is not None:
+        task.cancel()
 
 
 def _unseen_by(handler: Handler) -> bool:

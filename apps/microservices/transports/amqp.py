@@ -6,7 +6,7 @@ import asyncio
 import logging
 import struct
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple, cast
 from urllib.parse import unquote
@@ -29,14 +29,23 @@ Properties = commands.Basic.Properties
 _METHOD, _HEADER, _BODY, _HEARTBEAT = 1, 2, 3, 8
 _KINDS = (_METHOD, _HEADER, _BODY, _HEARTBEAT)
 _FRAME = struct.Struct(">BHI")
-_FRAME_END = b"\xce"
-_BEAT = _FRAME.pack(_HEARTBEAT, 0, 0) + _FRAME_END
-_DELIVER = commands.Basic.Deliver.index.to_bytes(4, "big")
+_BEAT = _FRAME.pack(_HEARTBEAT, 0, 0) + b"\xce"
+_AROUND = _FRAME.size + 1
+"""How many bytes a frame has around what it carries."""
+_PUBLISH, _RETURN, _DELIVER, _ACK, _NACK = (b"\0\x3c\0%c" % each for each in (40, 50, 60, 80, 120))
+NO_AMQP = (struct.error, ValueError, LookupError, TypeError)
+"""What is raised for bytes that cannot be read, and for names and tables that cannot be written."""
+_HEAD = struct.Struct(">BHIIQ")
+_SIZE = struct.Struct(">I")
+_TAG = struct.Struct(">QB")
+_VERDICT = struct.Struct(">BHI4sQBB")
+_REQUEUE = 2
+
 _MAX_FRAME = 131_072
 _MAX_UNSENT = 1024 * 1024
 _LAST_WORDS = 1.0
-_NO_AMQP = (struct.error, ValueError, LookupError, TypeError)
-"""What pamqp raises for bytes that it cannot read, and for names and tables that it cannot write."""
+_DEFAULT = b"\0"
+"""The exchange without a name."""
 _CAPABILITIES = (
     "authentication_failure_close",
     "basic.nack",
@@ -56,26 +65,43 @@ class Message(msgspec.Struct, eq=False):
     routing_key: str
     settled: bool
     """Whether the broker wants to hear nothing about it any more."""
-    properties: Properties = Properties()
-    body: bytes = b""
+    header: bytes
+    """The frame that `properties` are read from."""
+    correlation_id: bytes
+    reply_to: bytes
+    """Both as they travel, with their length before them; `properties` has the texts."""
+    has_headers: bool
+    body: bytes
+    _properties: Properties | None = None
+
+    @property
+    def properties(self) -> Properties:
+        """All that the message says of itself, as far as it can be read."""
+        if self._properties is None:
+            content = ContentHeader()
+            try:
+                content.unmarshal(self.header)
+            except NO_AMQP:
+                logger.debug("The properties of a message on %s cannot be read", self.channel.connection.address)
+            self._properties = content.properties
+        return self._properties
 
     @property
     def headers(self) -> Mapping[str, Any]:
         """The table of headers, which may be empty."""
-        return self.properties.headers or NO_HEADERS
+        return (self.properties.headers or NO_HEADERS) if self.has_headers else NO_HEADERS
 
     def ack(self) -> None:
         """Tell the broker to forget it. Whoever is first settles a message."""
-        self._settle(commands.Basic.Ack(self.delivery_tag))
+        if not self.settled:
+            self.settled = True
+            self.channel.write(_acked(self.channel.number, self.delivery_tag))
 
     def nack(self, *, requeue: bool = False) -> None:
         """Give it back to the queue, or to its dead-letter exchange."""
-        self._settle(commands.Basic.Nack(self.delivery_tag, False, requeue))
-
-    def _settle(self, verdict: Frame) -> None:
         if not self.settled:
             self.settled = True
-            self.channel.post(verdict)
+            self.channel.write(_nacked(self.channel.number, self.delivery_tag, requeue=requeue))
 
 
 Take = Callable[[Message], None]
@@ -94,13 +120,15 @@ class Channel:
 
     def __init__(self, connection: Connection, number: int, on_return: Take) -> None:
         self.connection = connection
-        self._number = number
+        self.number = number
+        self.write = connection.write
         self._on_return = on_return
         self.on_message: Take = ignore
         self._no_ack = True
         self._consumer = ""
         self._answers: deque[asyncio.Future[Any]] = deque()
-        self._coming: Message
+        # The frames of a message that has not come as a whole yet.
+        self._announced = self._header = b""
         self._parts: list[bytes] = []
         self._missing = 0
         self._handed_over = 0
@@ -142,12 +170,13 @@ class Channel:
 
     def publish(self, exchange: str, key: str, properties: bytes, body: bytes, *, mandatory: bool = False) -> None:
         """Hand over a message, its properties `marshalled`. Raises RpcException for a name that is too long."""
-        header = b"\x00\x3c\x00\x00" + len(body).to_bytes(8, "big") + properties
-        out = [_publishing(self._number, exchange, key, mandatory), *_framed(_HEADER, self._number, header)]
-        limit = self.connection.frame_max - 8
-        for start in range(0, len(body), limit):
-            out += _framed(_BODY, self._number, body[start : start + limit])
-        self.connection.write(*out)
+        place = _place(self.number, exchange, key, mandatory)
+        self.write(_published(self.number, place, properties, body, self.connection.frame_max))
+
+    def answer(self, queue: bytes, properties: bytes, body: bytes) -> None:
+        """Hand over a message to the `reply_to` of another."""
+        place = _publishing(self.number, _DEFAULT, queue)
+        self.write(_published(self.number, place, properties, body, self.connection.frame_max))
 
     async def confirm(self) -> None:
         """Have the broker confirm what is published from now on, by `hand_over` alone."""
@@ -162,7 +191,7 @@ class Channel:
         self.connection.check()
         self.publish(exchange, key, properties, body, mandatory=mandatory)
         self._handed_over += 1
-        sent = _Sent(asyncio.get_running_loop().create_future(), key, body)
+        sent = _Sent(self.connection.future(), key, body)
         self._unconfirmed[self._handed_over] = sent
         return await sent.future
 
@@ -171,14 +200,14 @@ class Channel:
     async def call(self, method: Frame) -> Any:
         """Return the broker's answer to a method. Raises ConnectionLost, also where it refuses."""
         self.connection.check()
-        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[Any] = self.connection.future()
         self._answers.append(answer)
         self.post(method)
         return await answer
 
     def post(self, method: Frame) -> None:
         """Call a method that has no answer."""
-        self.connection.write(*_called(self._number, method))
+        self.write(_called(self.number, method))
 
     def end(self, error: RpcException) -> None:
         """Fail all that waits for the broker."""
@@ -188,53 +217,48 @@ class Channel:
     # What comes
 
     def take(self, kind: int, payload: bytes) -> None:
-        """Take a frame of this channel. Raises one of _NO_AMQP."""
+        """Take a frame of this channel. Raises one of NO_AMQP."""
         if kind == _BODY:
-            self._take_body(payload)
+            self._parts.append(payload)
+            self._missing -= len(payload)
+            if self._missing <= 0:
+                self._complete()
         elif kind == _HEADER:
-            self._take_header(payload)
-        elif payload.startswith(_DELIVER):
-            self._take_delivery(payload)
+            self._header = payload
+            self._missing = int.from_bytes(payload[4:12])
+            if not self._missing:
+                self._complete()
+        elif payload.startswith((_DELIVER, _RETURN)):
+            self._announced = payload
+        elif payload.startswith(_ACK):
+            self._confirmed(int.from_bytes(payload[4:12]), multiple=payload[12] > 0)
         else:
             self._take_method(_method(payload))
 
-    def _take_delivery(self, payload: bytes) -> None:
-        # By hand: pamqp stumbles over names that are no UTF-8, and each message begins with one of these.
-        start = 5 + payload[4]
-        tag = int.from_bytes(payload[start : start + 8], "big")
-        exchange, start_of_key = _short(payload, start + 9)
-        key, _ = _short(payload, start_of_key)
-        self._coming = Message(self, tag, bool(payload[start + 8]), exchange, key, self._no_ack)
+    def take_message(self, delivery: bytes, header: bytes, body: bytes) -> None:
+        """Take a message, by its frames. Raises one of NO_AMQP."""
+        # By hand: pamqp stumbles over names that are no UTF-8.
+        start = 5 + delivery[4]
+        tag, redelivered = _TAG.unpack_from(delivery, start)
+        exchange, key = _names(delivery[start + _TAG.size :])
+        facts = _facts(header)
+        self.on_message(Message(self, tag, redelivered > 0, exchange, key, self._no_ack, header, *facts, body))
 
-    def _take_header(self, payload: bytes) -> None:
-        header = ContentHeader()
-        try:
-            header.unmarshal(payload)
-        except _NO_AMQP:
-            logger.debug("The properties of a message on %s cannot be read", self.connection.address)
-        self._coming.properties = header.properties
-        self._missing = header.body_size
-        self._take_body(b"")
-
-    def _take_body(self, payload: bytes) -> None:
-        self._parts.append(payload)
-        self._missing -= len(payload)
-        if self._missing > 0:
-            return
-        message = self._coming
-        message.body = b"".join(self._parts)
+    def _complete(self) -> None:
+        body = b"".join(self._parts)
         self._parts.clear()
-        if message.delivery_tag:
-            self.on_message(message)
+        if self._announced.startswith(_DELIVER):
+            self.take_message(self._announced, self._header, body)
         else:
-            self._not_routed(message)
+            exchange, key = _names(self._announced[7 + self._announced[6] :])
+            facts = _facts(self._header)
+            self._not_routed(Message(self, 0, False, exchange, key, True, self._header, *facts, body))
 
     def _take_method(self, method: Frame) -> None:
         match method:
-            case commands.Basic.Ack() | commands.Basic.Nack():
-                self._confirmed(method)
-            case commands.Basic.Return():
-                self._coming = Message(self, 0, False, method.exchange, method.routing_key or "", True)
+            case commands.Basic.Nack():
+                refused = Unavailable(f"RabbitMQ at {self.connection.address} refused the message.")
+                self._confirmed(method.delivery_tag or 0, multiple=bool(method.multiple), refused=refused)
             case commands.Basic.Cancel():
                 self.connection.fail("the queue is gone")
             case commands.Channel.Close():
@@ -253,17 +277,16 @@ class Channel:
                 future.set_result(False)
                 return
 
-    def _confirmed(self, verdict: commands.Basic.Ack | commands.Basic.Nack) -> None:
-        last = verdict.delivery_tag or 0
-        tags = [tag for tag in self._unconfirmed if tag <= last] if verdict.multiple else [last]
+    def _confirmed(self, last: int, *, multiple: bool, refused: Unavailable | None = None) -> None:
+        tags = [tag for tag in self._unconfirmed if tag <= last] if multiple else [last]
         for tag in tags:
             future = self._unconfirmed.pop(tag).future
             if future.done():
                 continue
-            if isinstance(verdict, commands.Basic.Ack):
+            if refused is None:
                 future.set_result(True)
             else:
-                future.set_exception(Unavailable(f"RabbitMQ at {self.connection.address} refused the message."))
+                future.set_exception(refused)
 
 
 class Connection(FlowProtocol):
@@ -275,7 +298,7 @@ class Connection(FlowProtocol):
         self.frame_max = _MAX_FRAME
         self._heartbeat = heartbeat
         self._name = name
-        self._buffer = b""
+        self._buffer, self._position = b"", 0
         self._channels: dict[int, Channel] = {}
         self._heard = self._loop.time()
         self._reason = ""
@@ -300,8 +323,11 @@ class Connection(FlowProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._heard = self._loop.time()
-        self._buffer += data
+        self._buffer, self._position = self._buffer[self._position :] + data if self._buffer else data, 0
+        flushing, self._flushing = self._flushing, True
         self._read()
+        if not flushing:
+            self.flush()  # what was answered at once, without one more turn of the loop
 
     def read_on(self) -> None:
         self._heard = self._loop.time()  # nobody listened meanwhile
@@ -320,6 +346,10 @@ class Connection(FlowProtocol):
         """Have no more messages handed over; returns when the last one has been."""
         for channel in self._channels.values():
             await channel.cancel()
+
+    def future(self) -> asyncio.Future[Any]:
+        """Return a future of its loop."""
+        return self._loop.create_future()
 
     def check(self) -> None:
         """Raise ConnectionLost where it has ended."""
@@ -342,7 +372,7 @@ class Connection(FlowProtocol):
         for channel in self._channels.values():
             channel.on_message = ignore
         self.release()
-        self.write(*_called(0, commands.Connection.Close(200, "bye", 0, 0)))
+        self._answer(commands.Connection.Close(200, "bye", 0, 0))
         # A broker that says nothing would keep the connection for ever.
         await asyncio.wait([self.ended], timeout=_LAST_WORDS)
         self.transport.abort()
@@ -357,25 +387,45 @@ class Connection(FlowProtocol):
         self._timer = self._loop.call_later(self._heartbeat / 2, self._beat)
 
     def _read(self) -> None:
-        buffer, position = self._buffer, 0
         try:
-            while not self._held and len(buffer) - position > _FRAME.size:
-                kind, number, size = _FRAME.unpack_from(buffer, position)
-                if kind not in _KINDS or size > _MAX_FRAME:
+            while not self._held and len(self._buffer) - self._position >= _AROUND:
+                buffer = self._buffer
+                kind, number, length = _FRAME.unpack_from(buffer, self._position)
+                if kind not in _KINDS or length > _MAX_FRAME:
                     raise ValueError("no frame")
-                start = position + _FRAME.size
-                if len(buffer) <= start + size:
+                start = self._position + _FRAME.size
+                end = start + length
+                if end >= len(buffer):
                     break
-                position = start + size + 1
-                payload = buffer[start : start + size]
+                delivery = kind == _METHOD and buffer.startswith(_DELIVER, start)
+                if delivery and self._read_message(buffer, number, start, end):
+                    continue
+                self._position, payload = end + 1, buffer[start:end]
                 if number:
                     self._channels[number].take(kind, payload)
                 elif kind == _METHOD:
                     self._control(_method(payload))
-        except _NO_AMQP as error:
+        except NO_AMQP as error:
             self.fail(f"the broker sent what is no AMQP: {error}")
-        finally:
-            self._buffer = buffer[position:]
+        if self._position == len(self._buffer):
+            self._buffer, self._position = b"", 0
+
+    def _read_message(self, buffer: bytes, number: int, delivery: int, end: int) -> bool:
+        """Take a message all of whose frames have come, as nearly all do: its delivery, one header, one body."""
+        if len(buffer) - end <= _HEAD.size:
+            return False
+        kind, channel, length, _, size = _HEAD.unpack_from(buffer, end + 1)
+        header = end + _AROUND
+        header_end = header + length
+        body = header_end + _AROUND
+        body_end = body + size
+        if kind != _HEADER or channel != number or body_end >= len(buffer) or length > _MAX_FRAME or size > _MAX_FRAME:
+            return False
+        if _FRAME.unpack_from(buffer, header_end + 1) != (_BODY, number, size):
+            return False
+        self._position = body_end + 1
+        self._channels[number].take_message(buffer[delivery:end], buffer[header:header_end], buffer[body:body_end])
+        return True
 
     def _control(self, method: Frame) -> None:
         match method:
@@ -406,7 +456,7 @@ class Connection(FlowProtocol):
         return commands.Connection.StartOk(facts, "PLAIN", f"\0{user}\0{password}")
 
     def _answer(self, method: Frame) -> None:
-        self.write(*_called(0, method))
+        self.write(_called(0, method))
 
 
 class AmqpOptions(TlsOptions, frozen=True, kw_only=True):
@@ -414,48 +464,6 @@ class AmqpOptions(TlsOptions, frozen=True, kw_only=True):
 
     heartbeat: Count = 10
     """A broker that is silent for twice as long counts as lost."""
-
-
-SetUp = Callable[[Connection], Awaitable[None]]
-
-
-async def open_connection(address: Address, options: AmqpOptions, name: str, set_up: SetUp) -> Connection:
-    """Connect to the first host that answers, and set up there. Raises Unavailable, naming RabbitMQ and the reason."""
-    failure = Unavailable(f"RabbitMQ cannot be reached at {address}.")
-    patience = options.connect_timeout / len(address.hosts)
-    for host, port in address.hosts:
-        try:
-            return await _open(address._replace(host=host, port=port, others=()), options, name, set_up, patience)
-        except Unavailable as error:
-            failure = error
-    raise failure
-
-
-async def _open(address: Address, options: AmqpOptions, name: str, set_up: SetUp, patience: float) -> Connection:
-    context = options.client_context() if address.scheme == "amqps" else None
-    try:
-        async with asyncio.timeout(patience):
-            _, connection = await asyncio.get_running_loop().create_connection(
-                lambda: Connection(address, options.heartbeat, name),
-                address.host,
-                address.port,
-                ssl=context,
-                server_hostname=(options.server_name or address.host) if context else None,
-            )
-            try:
-                await connection.opened
-                await set_up(connection)
-            except BaseException:
-                connection.transport.abort()
-                raise
-            return connection
-    except TimeoutError:
-        raise Unavailable(f"RabbitMQ at {address} did not answer within {patience:g} s.") from None
-    except RpcException as error:
-        raise Unavailable(error.message) from error
-    except (OSError, *_NO_AMQP) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise Unavailable(f"RabbitMQ cannot be reached at {address}: {reason}.") from error
 
 
 def ignore(message: Message) -> None:
@@ -466,34 +474,110 @@ def marshalled(part: Frame | Properties) -> bytes:
     """Return what travels for a method or for properties. Raises RpcException for what AMQP has no room for."""
     try:
         return part.marshal()
-    except _NO_AMQP as error:
+    except NO_AMQP as error:
         message = f"AMQP cannot carry this: {error}"
         raise RpcException({"statusCode": 400, "code": "not-amqp", "message": message}) from error
 
 
+# The frames of each message, by hand: pamqp takes as long for them as all the rest.
+
+
+def _facts(header: bytes) -> tuple[bytes, bytes, bool]:
+    """Return what each message is asked for: its `correlation_id` and `reply_to`, and whether it has other headers.
+
+    The two are as they travel, their length before them. One that is cut off tells nothing.
+    """
+    correlation_id = reply_to = b""
+    has_headers = False
+    try:
+        flags, at = header[12] << 8 | header[13], 14
+        if flags & 0xC000:
+            for type_or_encoding in (0x8000, 0x4000):
+                if flags & type_or_encoding:
+                    at += 1 + header[at]
+        if flags & 0x2000:
+            (size,) = _SIZE.unpack_from(header, at)
+            has_headers = size > 0
+            at += 4 + size
+        at += (flags >> 12 & 1) + (flags >> 11 & 1)  # the delivery mode and the priority
+        if flags & 0x0400:
+            end = at + 1 + header[at]
+            correlation_id, at = header[at:end], end
+        if flags & 0x0200:
+            end = at + 1 + header[at]
+            reply_to, at = header[at:end], end
+    except NO_AMQP:
+        return b"", b"", False
+    return (b"", b"", False) if at > len(header) or flags & 1 else (correlation_id, reply_to, has_headers)
+
+
+def _framed(channel: int, payload: bytes) -> bytes:
+    """Return the frame of a method."""
+    return b"%b%b\xce" % (_FRAME.pack(_METHOD, channel, len(payload)), payload)
+
+
+def _published(channel: int, place: bytes, properties: bytes, body: bytes, frame_max: int) -> bytes:
+    """Return the frames of a message: `place` is what `publishing` gives, `properties` are marshalled."""
+    size = len(body)
+    header = _HEAD.pack(_HEADER, channel, 12 + len(properties), 0x3C0000, size)
+    limit = frame_max - _AROUND
+    if 0 < size <= limit:
+        return b"%b%b%b\xce%b%b\xce" % (place, header, properties, _FRAME.pack(_BODY, channel, size), body)
+    parts = [place, header, properties, b"\xce"]
+    for start in range(0, size, limit):
+        part = body[start : start + limit]
+        parts += _FRAME.pack(_BODY, channel, len(part)), part, b"\xce"
+    return b"".join(parts)
+
+
 @lru_cache(maxsize=4096)
-def _publishing(channel: int, exchange: str, key: str, mandatory: bool) -> bytes:
-    method = commands.Basic.Publish(exchange=exchange, routing_key=key, mandatory=mandatory)
-    return b"".join(_called(channel, method))
+def _publishing(channel: int, exchange: bytes, key: bytes, mandatory: bool = False) -> bytes:
+    """Return the frame that says where a message goes: both names with their length before them, as `short` has it."""
+    return _framed(channel, b"%b\0\0%b%b%c" % (_PUBLISH, exchange, key, mandatory))
 
 
-def _called(channel: int, method: Frame) -> tuple[bytes, bytes, bytes]:
-    return _framed(_METHOD, channel, method.index.to_bytes(4, "big") + marshalled(method))
+def _acked(channel: int, tag: int) -> bytes:
+    """Return the frame that acknowledges a message."""
+    return _VERDICT.pack(_METHOD, channel, 13, _ACK, tag, 0, 0xCE)
 
 
-def _framed(kind: int, channel: int, payload: bytes) -> tuple[bytes, bytes, bytes]:
-    return _FRAME.pack(kind, channel, len(payload)), payload, _FRAME_END
+def _nacked(channel: int, tag: int, *, requeue: bool) -> bytes:
+    """Return the frame that gives a message back."""
+    return _VERDICT.pack(_METHOD, channel, 13, _NACK, tag, _REQUEUE * requeue, 0xCE)
+
+
+@lru_cache(maxsize=4096)
+def _names(names: bytes) -> tuple[str, str]:
+    """Return the exchange and the routing key of a delivery, also where they are no UTF-8."""
+    end = 1 + names[0]
+    key = names[end + 1 : end + 1 + names[end]]
+    return names[1:end].decode("utf-8", "replace"), key.decode("utf-8", "replace")
+
+
+def short(text: str) -> bytes:
+    """Return a text as it travels in properties. Raises ValueError for one of more than 255 bytes."""
+    body = text.encode()
+    return bytes((len(body),)) + body
+
+
+def long(text: bytes) -> str:
+    """Return what such a text says."""
+    return text[1:].decode("utf-8", "replace")
+
+
+@lru_cache(maxsize=4096)
+def _place(channel: int, exchange: str, key: str, mandatory: bool) -> bytes:
+    return _called(channel, commands.Basic.Publish(exchange=exchange, routing_key=key, mandatory=mandatory))
+
+
+def _called(channel: int, method: Frame) -> bytes:
+    return _framed(channel, method.index.to_bytes(4) + marshalled(method))
 
 
 def _method(payload: bytes) -> Frame:
-    method: Frame = commands.INDEX_MAPPING[int.from_bytes(payload[:4], "big")]()
+    method: Frame = commands.INDEX_MAPPING[int.from_bytes(payload[:4])]()
     method.unmarshal(payload[4:])
     return method
-
-
-def _short(payload: bytes, start: int) -> tuple[str, int]:
-    end = start + 1 + payload[start]
-    return payload[start + 1 : end].decode("utf-8", "replace"), end
 
 
 def _fail(future: asyncio.Future[Any], error: RpcException) -> None:

@@ -43,6 +43,8 @@ def trace_headers(metadata: Mapping[str, str]) -> dict[str, str]:
 
 def with_trace(packet: Packet, headers: Mapping[str, object]) -> Packet:
     """Give a packet the trace that only its headers tell."""
+    if not headers:
+        return packet
     told = {key: value for key in TRACE if isinstance(value := headers.get(key), str)}
     if told:
         packet.metadata = {**told, **(packet.metadata if isinstance(packet.metadata, dict) else {})}

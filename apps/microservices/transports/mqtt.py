@@ -6,15 +6,15 @@ import asyncio
 import logging
 import os
 from collections.abc import Awaitable, Mapping
-from functools import partial
-from typing import Annotated, Any, ClassVar, Literal
+from functools import lru_cache, partial
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import msgspec
 from msgspec import UNSET
 
 from .. import codec
 from ..context import RpcContext
-from ..dispatcher import Dispatcher
+from ..dispatcher import Dispatcher, Route
 from ..exceptions import ConfigurationError, ConnectionLost, DeadlineExceeded, PacketError, Unavailable
 from ..handlers import Delivery
 from ..instruments import dropped
@@ -30,6 +30,7 @@ logger = logging.getLogger("microservices.mqtt")
 
 _PATIENCE = 10.0
 _MOST_REPLY_TOPICS = 1024
+_MOST_DOORS = 4096
 
 
 class Options(MqttOptions, frozen=True, kw_only=True):
@@ -78,9 +79,12 @@ class MqttServer(BrokerServer):
         super().__init__(address, dispatcher)
         self._readers: dict[MqttConnection, list[str]] = {}
         self._writer: MqttConnection | None = None
+        self._holding = False
 
     async def listen(self) -> None:
         self._topics = Topics(self.routes)
+        # Bounded: the peer chooses the topic.
+        self._door = lru_cache(_MOST_DOORS)(self._find)
         await super().listen()
 
     def filters(self) -> dict[Delivery | None, list[str]]:
@@ -156,37 +160,53 @@ class MqttServer(BrokerServer):
     def unwrap(self) -> list[MqttConnection]:
         return [*self._readers] if self._writer is None else [*self._readers, self._writer]
 
-    def read(self, message: Message) -> tuple[Packet, dict[str, Any]]:
-        """Return what a message brings, and what its handler may know about it."""
-        headers = message.headers
-        packet = with_trace(read_packet(self.decode(message.payload)), headers)
-        route = self._topics.find(message.topic)
-        facts = {"channel": message.topic, "route": route, "headers": headers, "native": message}
-        return packet, {"peer": self.url, **facts}
+    def read(self, message: Message) -> Packet:
+        """Return what a message brings."""
+        return with_trace(read_packet(self.decode(message.payload)), message.headers)
+
+    def _find(self, topic: str) -> _Door:
+        own = topic.endswith(REPLY) and topic not in self._topics
+        return _Door(self._topics.find(topic), f"{topic}{REPLY}".encode(), own)
 
     def _take(self, delivery: Delivery | None, connection: MqttConnection, message: Message) -> None:
-        connection.acknowledge(message)
-        if message.topic.endswith(REPLY) and message.topic not in self._topics:
+        if message.qos:
+            connection.acknowledge(message)
+        topic = message.topic
+        door = self._door(topic)
+        if door.own:
             return  # our own answer, to a pattern as `users/#`
-        answer = _Answer(self, self._writer or connection, message.topic)
-        packet, facts = self.read(message)
-        answer.task = self.handle(packet, answer, **facts)
-        self._watch(connection, answer.task)
+        answer = _Answer(self, self._writer or connection, door.reply)
+        work = answer.task = self.dispatcher.dispatch(
+            self.read(message),
+            answer,
+            transport=self.scheme,
+            peer=self.url,
+            channel=topic,
+            route=door.route,
+            headers=message.headers,
+            native=message,
+        )
+        self._watch(connection, self.keep(work))
 
     def _watch(self, connection: MqttConnection, work: asyncio.Task[Any] | None) -> None:
-        if work is not None:
-            work.add_done_callback(self._flow)
-        if self.full or self._congestion(connection) is not None:
+        if (work is not None and self.full) or self._congestion(connection) is not None:
             connection.hold()  # which may not be one of the readers yet
             self._flow()
 
+    def ended(self, task: asyncio.Task[Any]) -> None:
+        super().ended(task)
+        if self._holding:
+            self._flow()
+
     def _flow(self, _: object = None) -> None:
+        self._holding = False
         for reader in self._readers:
             congestion = self._congestion(reader)
             if congestion is not None:
                 # A broker that does not take our answers must not give us more work.
                 congestion.add_done_callback(self._flow)
             if self.full or congestion is not None:
+                self._holding = True
                 reader.hold()
             else:
                 reader.release()
@@ -195,15 +215,23 @@ class MqttServer(BrokerServer):
         return (self._writer or reader).congestion()
 
 
+class _Door(NamedTuple):
+    """A topic that messages come by: the route behind it, where answers go, and whether it is that of our own."""
+
+    route: Route | None
+    reply: bytes
+    own: bool
+
+
 class _Answer:
     """Publishes the packets of one answer, as long as anybody listens."""
 
     __slots__ = ("_connection", "_server", "_topic", "task")
 
-    def __init__(self, server: MqttServer, connection: MqttConnection, topic: str) -> None:
+    def __init__(self, server: MqttServer, connection: MqttConnection, topic: bytes) -> None:
         self._server = server
         self._connection = connection
-        self._topic = f"{topic}{REPLY}".encode()
+        self._topic = topic
         self.task: asyncio.Task[Any] | None = None
 
     def __call__(self, response: Response) -> Awaitable[Any] | None:
@@ -245,6 +273,7 @@ class MqttClient(ClientProxy):
 
     def __init__(self, address: Address, service: str) -> None:
         super().__init__(address, service)
+        self._v5 = self.options.version == "5"
         self._connection: MqttConnection | None = None
         # The topics whose answers are heard, the last used last, and which request waits for an answer to which.
         self._replies: dict[str, asyncio.Future[bytes]] = {}
@@ -285,12 +314,32 @@ class MqttClient(ClientProxy):
             raise Unavailable("The MQTT broker closed the connection before the message was sent.")
         return self._connection
 
-    async def publish(self, request: Request, context: RpcContext) -> None:
+    def publish(self, request: Request, context: RpcContext) -> Awaitable[None] | None:
         topic, body = encode_topic(context.pattern), self.encode(request)
-        await self._hear_answers(self.live(), request.id, context)
+        subscribed = self._hear_answers(self.live(), request.id, context.pattern)
+        if not subscribed.done():
+            return self._ask_when_heard(subscribed, topic, body, request.id, context)
+        self._ask(subscribed, topic, body, request.id, context)
+        return None
+
+    async def _ask_when_heard(
+        self, subscribed: asyncio.Future[bytes], topic: bytes, body: bytes, id: str, context: RpcContext
+    ) -> None:
+        limits = (context.remaining(), context.patience, _PATIENCE)
+        await asyncio.wait([subscribed], timeout=min(each for each in limits if each is not None))
+        if not subscribed.done():
+            raise DeadlineExceeded(f"{self.service} could not be asked in time: its broker is silent.")
+        self._ask(subscribed, topic, body, id, context)
+
+    def _ask(self, subscribed: asyncio.Future[bytes], topic: bytes, body: bytes, id: str, context: RpcContext) -> None:
+        code = subscribed.result()[0]
+        if code >= 0x80:
+            route = context.pattern
+            self._replies.pop(route, None)
+            raise Unavailable(f"The MQTT broker refuses the subscription to {route}{REPLY}: {explain(code)}.")
         sent = self._publish(topic, body, context)
         if sent is not None:
-            sent.add_done_callback(partial(self._sent, request.id))
+            sent.add_done_callback(partial(self._sent, id))
 
     async def dispatch_event(self, event: Event, context: RpcContext) -> None:
         sent = self._publish(encode_topic(context.pattern), self.encode(event), context)
@@ -307,6 +356,8 @@ class MqttClient(ClientProxy):
             dropped.add(self.service, self.scheme, "nobody-listens")
 
     def _publish(self, topic: bytes, body: bytes, context: RpcContext) -> asyncio.Future[int] | None:
+        if context.record is None and not (self._v5 and context.metadata):
+            return self.live().publish(topic, body, self.options.qos)
         record: MqttRecord = context.record or _NOTHING_TOLD
         properties = record.told(trace_headers(context.metadata))
         flags = record.dup << 3 | record.retain
@@ -327,8 +378,7 @@ class MqttClient(ClientProxy):
 
     # Answers
 
-    async def _hear_answers(self, connection: MqttConnection, id: str, context: RpcContext) -> None:
-        route = context.pattern
+    def _hear_answers(self, connection: MqttConnection, id: str, route: str) -> asyncio.Future[bytes]:
         subscribed = self._replies.pop(route, None)
         if subscribed is None:
             self._forget_the_oldest(connection)
@@ -337,15 +387,7 @@ class MqttClient(ClientProxy):
         self._asked[id] = route
         if len(self._asked) > 2 * self.max_pending:
             self._forget_the_answered()
-        if not subscribed.done():
-            limits = (context.remaining(), context.patience, _PATIENCE)
-            await asyncio.wait([subscribed], timeout=min(each for each in limits if each is not None))
-            if not subscribed.done():
-                raise DeadlineExceeded(f"{self.service} could not be asked in time: its broker is silent.")
-        code = subscribed.result()[0]
-        if code >= 0x80:
-            self._replies.pop(route, None)
-            raise Unavailable(f"The MQTT broker refuses the subscription to {route}{REPLY}: {explain(code)}.")
+        return subscribed
 
     def _forget_the_answered(self) -> None:
         self._asked = {id: route for id, route in self._asked.items() if id in self._pending}
@@ -362,7 +404,8 @@ class MqttClient(ClientProxy):
             connection.unsubscribe([idle + REPLY])
 
     def _hear(self, connection: MqttConnection, message: Message) -> None:
-        connection.acknowledge(message)
+        if message.qos:
+            connection.acknowledge(message)
         try:
             self.receive(codec.decode_reply(self.decode(message.payload)))
         except (PacketError, msgspec.DecodeError, UnicodeDecodeError):

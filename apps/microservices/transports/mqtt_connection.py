@@ -11,6 +11,7 @@ import socket
 import struct
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any, Literal, cast
 
 import msgspec
@@ -63,10 +64,10 @@ class MqttConnection(FlowProtocol):
         super().__init__()
         self._v5 = options.version == "5"
         self._hear, self._drop = hear, drop
-        # Reading: the bytes that have come, how many the next packet lacks, how many are passed over.
+        # Reading: from where in the bytes, what has come since, how much the next packet lacks, what is passed over.
+        self._buffer, self._position = b"", 0
         self._parts: list[bytes] = []
         self._missing = self._skip = 0
-        self._packets: deque[tuple[int, bytes, int, int]] = deque()
         self._max_taken = options.max_packet
         self._unreleased: set[int] = set()  # of QoS 2
         # Writing
@@ -74,7 +75,7 @@ class MqttConnection(FlowProtocol):
         self._acks: dict[int, asyncio.Future[Any]] = {}
         self._last_id = 0
         self._unacked, self._window = 0, _WINDOW
-        self._waiting: deque[tuple[bytes, bytes, asyncio.Future[int]]] = deque()
+        self._waiting: deque[tuple[Callable[[bytes], bytes], asyncio.Future[int]]] = deque()
         # The connection itself
         self._greeting: asyncio.Future[None] = self._loop.create_future()
         self._pause = options.keepalive / 4
@@ -138,61 +139,70 @@ class MqttConnection(FlowProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._answer_is_due = False
-        if _QUICKACK is not None:
-            # The kernel forgets it with each read. Mosquitto sends nothing small while something is unacknowledged
-            # by TCP, which takes 40 ms of its own accord.
-            self._socket.setsockopt(socket.IPPROTO_TCP, _QUICKACK, 1)
         if self._skip:
             data, self._skip = data[self._skip :], max(0, self._skip - len(data))
         self._parts.append(data)
         self._missing -= len(data)
         self._read()
+        if _QUICKACK is not None and not self._flushing:
+            # Mosquitto sends nothing small while something is unacknowledged by TCP, which takes 40 ms of its own
+            # accord where nothing is sent that it can go with. The kernel forgets it with each read.
+            self._socket.setsockopt(socket.IPPROTO_TCP, _QUICKACK, 1)
 
     def _read(self) -> None:
+        if self._missing > 0:
+            return
+        if self._parts:
+            if self._position < len(self._buffer):
+                self._parts.insert(0, self._buffer[self._position :])
+            self._buffer, self._position = b"".join(self._parts), 0
+            self._parts.clear()
         try:
-            if self._missing <= 0:
-                self._cut(b"".join(self._parts))
-            while self._packets and not self._held and not self.transport.is_closing():
-                self._take(*self._packets.popleft())
+            while not self._held and self._position < len(self._buffer) and not self.transport.is_closing():
+                if not self._take_next(self._buffer, self._position):
+                    return
         except (LookupError, ValueError, struct.error) as error:
             self._abort(f"the broker sent what is no MQTT: {error}")
+        if self._position == len(self._buffer):
+            self._buffer, self._position = b"", 0
 
-    def _cut(self, data: bytes) -> None:
-        at, size, self._missing = 0, len(data), 0
-        while at < size:
-            try:
-                length, start = packets.read_number(data, at + 1)
-            except IndexError:
-                break
-            end = start + length
-            too_large = length > self._max_taken
-            if too_large and data[at] & 0xF0 != packets.PUBLISH:
-                raise ValueError("a packet that is too large")
-            needed = min(end, start + packets.PUBLISH_HEAD) if too_large else end
-            if needed > size:
-                self._missing = needed - size
-                break
-            if too_large:
-                # A broker of MQTT 3.1.1 cannot be told what is too large. Unacknowledged, it would come again.
-                self._drop("too-large")
-                self.acknowledge(packets.read_message(data[at], data, start, needed, v5=False))
-            else:
-                self._packets.append((data[at], data, start, end))
-            at = end
-        if at > size:
-            self._skip = at - size
-        self._parts = [data[at:]] if at < size else []
-
-    def _take(self, first: int, data: bytes, start: int, end: int) -> None:
-        kind = first & 0xF0
-        if kind == packets.PUBLISH:
+    def _take_next(self, data: bytes, at: int) -> bool:
+        first = data[at]
+        try:
+            length, start = packets.read_number(data, at + 1)
+        except IndexError:
+            return False
+        end = start + length
+        if length > self._max_taken:
+            return self._take_large(first, data, start, end)
+        if end > len(data):
+            self._missing = end - len(data)
+            return False
+        self._position = end
+        if first & 0xF0 == packets.PUBLISH:
             message = packets.read_message(first, data, start, end, v5=self._v5)
             if message.id not in self._unreleased:
                 if message.qos == 2:
                     self._unreleased.add(message.id)
                 self._hear(self, message)
-            return
-        body = data[start:end]
+        else:
+            self._take(first & 0xF0, data[start:end])
+        return True
+
+    def _take_large(self, first: int, data: bytes, start: int, end: int) -> bool:
+        if first & 0xF0 != packets.PUBLISH:
+            raise ValueError("a packet that is too large")
+        head, size = min(end, start + packets.PUBLISH_HEAD), len(data)
+        if head > size:
+            self._missing = head - size
+            return False
+        self._position, self._skip = min(end, size), max(0, end - size)
+        # A broker of MQTT 3.1.1 cannot be told what is too large. Unacknowledged, it would come again.
+        self._drop("too-large")
+        self.acknowledge(packets.read_message(first, data, start, head, v5=False))
+        return True
+
+    def _take(self, kind: int, body: bytes) -> None:
         id = int.from_bytes(body[:2])
         if kind in (packets.PUBACK, packets.PUBREC, packets.PUBCOMP):
             self._take_ack(kind, id, body[2] if len(body) > 2 else 0)
@@ -217,9 +227,9 @@ class MqttConnection(FlowProtocol):
         self._settle(id, code)
         self._unacked -= 1
         while self._waiting and self._unacked < self._window:
-            head, rest, future = self._waiting.popleft()
+            message, future = self._waiting.popleft()
             if not future.done():  # its sender still waits
-                self._post(head, rest, future)
+                self._post(message, future)
 
     def _take_greeting(self, body: bytes) -> None:
         if self._greeting.done():
@@ -257,19 +267,17 @@ class MqttConnection(FlowProtocol):
         if length + 5 > self._max_sent:
             text = f"A message of {length} bytes is larger than the {self._max_sent} that may be sent."
             raise RpcException({"statusCode": 413, "code": "too-large", "message": text})
-        first = bytes([packets.PUBLISH | qos << 1 | flags])
-        head = b"".join((first, packets.number(length), struct.pack("!H", len(topic)), topic))
-        rest = told + body
         if not qos:
-            self.write(head, rest)
+            self.write(packets.publish(flags, topic, b"", told, body))
             return None
         if len(self._waiting) >= _MOST_WAITING:
             raise Unavailable("Too many messages wait for the MQTT broker.", code="overloaded")
+        message = partial(packets.publish, qos << 1 | flags, topic, told=told, body=body)
         future: asyncio.Future[int] = self._loop.create_future()
         if self._unacked < self._window:
-            self._post(head, rest, future)
+            self._post(message, future)
         else:
-            self._waiting.append((head, rest, future))
+            self._waiting.append((message, future))
         return future
 
     def acknowledge(self, message: Message) -> None:
@@ -285,9 +293,9 @@ class MqttConnection(FlowProtocol):
         """Have no more messages sent; done when the last one has been."""
         return self._request(packets.UNSUBSCRIBE, [packets.text(each) for each in filters])
 
-    def _post(self, head: bytes, rest: bytes, future: asyncio.Future[int]) -> None:
+    def _post(self, message: Callable[[bytes], bytes], future: asyncio.Future[int]) -> None:
         self._unacked += 1
-        self.write(head, self._enter(future), rest)
+        self.write(message(self._enter(future)))
 
     def _request(self, kind: int, parts: Sequence[bytes]) -> asyncio.Future[bytes]:
         future: asyncio.Future[bytes] = self._loop.create_future()

@@ -41,7 +41,7 @@ class MqttBus(MqttClient):
 
     Options: ClassVar[type[MqttOptions]] = Options
 
-    async def publish(self, request: Request, context: RpcContext) -> None:
+    def publish(self, request: Request, context: RpcContext) -> None:
         raise RpcException("An event bus answers no requests.")
 
 
@@ -108,8 +108,18 @@ class MqttListener(MqttServer):
         connection.acknowledge(message)
 
     async def _try(self, delivery: Delivery | None, message: Message) -> list[BaseException]:
-        packet, facts = self.read(message)
+        packet = self.read(message)
         packet.id = UNSET
         # Not by `handle`: the task around it is counted already.
-        task = self.dispatcher.dispatch(packet, ignore, transport=self.scheme, delivery=delivery, **facts)
+        task = self.dispatcher.dispatch(
+            packet,
+            ignore,
+            transport=self.scheme,
+            peer=self.url,
+            channel=message.topic,
+            delivery=delivery,
+            route=self._door(message.topic).route,
+            headers=message.headers,
+            native=message,
+        )
         return [] if task is None else cast("list[BaseException]", await task)

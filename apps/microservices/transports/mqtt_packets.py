@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -104,7 +105,7 @@ class Message(msgspec.Struct):
     @property
     def headers(self) -> Mapping[str, str]:
         """The user properties of MQTT 5; of several with one name the last."""
-        pairs = self.properties.get("user_property")
+        pairs = self.properties and self.properties.get("user_property")
         return dict(pairs) if pairs else NO_HEADERS
 
 
@@ -116,7 +117,9 @@ def explain(code: int) -> str:
 def read_message(first: int, data: bytes, at: int, end: int, *, v5: bool) -> Message:
     """Return the message of a PUBLISH, whose body begins at `at`."""
     qos, id = first >> 1 & 3, 0
-    topic, at = _read_bytes(data, at)
+    start = at + 2
+    at = start + (data[at] << 8 | data[at + 1])
+    topic = data[start:at]
     if qos:
         id = int.from_bytes(data[at : at + 2])
         at += 2
@@ -125,7 +128,18 @@ def read_message(first: int, data: bytes, at: int, end: int, *, v5: bool) -> Mes
         properties, at = read_properties(data, at)
     if at > end or qos > 2:
         raise ValueError("a broken PUBLISH")
-    return Message(topic.decode(), data[at:end], qos, bool(first & 1), bool(first & 8), id, properties)
+    return Message(topic.decode(), data[at:end], qos, first & 1 > 0, first & 8 > 0, id, properties)
+
+
+def publish(flags: int, topic: bytes, id: bytes, told: bytes, body: bytes) -> bytes:
+    """Return a PUBLISH; `id` is empty with QoS 0, `told` are the properties of MQTT 5, with their length."""
+    length = 2 + len(topic) + len(id) + len(told) + len(body)
+    return b"%c%b%b%b%b%b" % (PUBLISH | flags, number(length), _named(topic), id, told, body)
+
+
+@lru_cache(maxsize=4096)
+def _named(topic: bytes) -> bytes:
+    return struct.pack("!H", len(topic)) + topic
 
 
 def connect(
@@ -146,6 +160,8 @@ def connect(
 
 def encode_properties(properties: Mapping[str, Any]) -> bytes:
     """Return properties by their names. Raises one of `UNENCODABLE` where a value does not fit."""
+    if not properties:
+        return b"\0"
     parts = []
     for name, value in properties.items():
         id, form = _NUMBERS[name]
@@ -200,6 +216,7 @@ def _read_bytes(data: bytes, at: int) -> tuple[bytes, int]:
     return data[start:end], end
 
 
+@lru_cache(maxsize=4096)
 def number(value: int) -> bytes:
     """Return a number in as many bytes as it needs."""
     body = bytearray()
@@ -212,6 +229,9 @@ def number(value: int) -> bytes:
 
 def read_number(data: bytes, at: int) -> tuple[int, int]:
     """Return a number, and where what follows it begins. Raises IndexError where not all of it is there."""
+    byte = data[at]
+    if byte < 128:
+        return byte, at + 1
     value = 0
     for shift in (0, 7, 14, 21):
         byte = data[at]

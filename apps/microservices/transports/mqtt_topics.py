@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from itertools import zip_longest
 
 from ..dispatcher import Route
@@ -69,6 +70,7 @@ def _covers(wide: str, narrow: str) -> bool:
     return True
 
 
+@lru_cache(maxsize=4096)
 def encode_topic(topic: str) -> bytes:
     """Return the bytes of a topic. Raises RpcException where it is none: the broker would end the connection."""
     try:

@@ -18,7 +18,7 @@ from ..exceptions import ConfigurationError, InvalidPayload, PacketError, RpcExc
 from ..instruments import dropped
 from ..packets import Event, Reply, Request, Response
 from . import Address, Count, Seconds
-from .amqp import AmqpOptions, Channel, Connection, Message, Properties, marshalled
+from .amqp import NO_AMQP, AmqpOptions, Channel, Connection, Message, Properties, long, marshalled, short
 from .envelope import read_packet, trace_headers, with_trace
 from .rmq_peers import AmqpProxy, AmqpServer
 from .wildcards import Wildcards
@@ -155,6 +155,7 @@ class RmqServer(AmqpServer):
         super().__init__(address, dispatcher)
         self._names = _Names(self.options, dispatcher.service)
         self._wildcards = bindings(dispatcher.routes if self.options.wildcards else {})
+        self._holding: Connection | None = None
 
     async def set_up(self, connection: Connection) -> None:
         options, names = self.options, self._names
@@ -170,40 +171,46 @@ class RmqServer(AmqpServer):
         await channel.consume(queue, self._take, no_ack=options.no_ack, tag=options.consumer_tag)
 
     def _take(self, message: Message) -> None:
-        packet = with_trace(read_packet(self.decode(message.body)), message.headers)
+        headers = message.headers
+        packet = with_trace(read_packet(self.decode(message.body)), headers)
         answer: Replier = nobody
-        if message.properties.reply_to:
-            properties = Properties(headers={}, correlation_id=message.properties.correlation_id)
-            answer = partial(self._answer, message, marshalled(properties))
+        if message.reply_to:
+            answer = partial(self._answer, message)
         else:
             packet.id = UNSET  # nobody can be answered
         route = self.dispatcher.find(packet.pattern)
-        if route is None and packet.pattern is not UNSET:
+        if route is None and self.options.wildcards and packet.pattern is not UNSET:
             route = self._wildcards.find(message.routing_key)
-        task = self.handle(
+        task = self.dispatcher.dispatch(
             packet,
             answer,
+            transport=self.scheme,
             peer=self.url,
             channel=message.routing_key if route else None,
             route=route,
-            headers=message.headers,
+            headers=headers,
             native=message,
         )
         if task is not None:
-            task.add_done_callback(partial(self._worked, message))
+            self.keep(task)
+            if not message.settled:
+                task.add_done_callback(partial(self._worked, message))
             if self.full:
-                message.channel.connection.hold()
+                self._holding = message.channel.connection
+                self._holding.hold()
         elif route is None:
             message.nack()
         else:
             message.ack()
 
-    def _answer(self, message: Message, properties: bytes, response: Response) -> Awaitable[None] | None:
+    def _answer(self, message: Message, response: Response) -> Awaitable[None] | None:
         if response.status is UNSET:
             response.id = UNSET  # the property tells
-        channel, key = message.channel, message.properties.reply_to or ""
-        channel.publish("", key, properties, self.encode(response))
-        congestion = channel.connection.congestion()
+        # With a table of headers, as NestJS has it, which is empty.
+        id = message.correlation_id
+        properties = b"\x24\0\0\0\0\0" + id if id else b"\x20\0\0\0\0\0"
+        message.channel.answer(message.reply_to, properties, self.encode(response))
+        congestion = message.channel.connection.congestion()
         return None if congestion is None else asyncio.shield(congestion)
 
     def _worked(self, message: Message, task: asyncio.Task[Any]) -> None:
@@ -215,8 +222,13 @@ class RmqServer(AmqpServer):
             else:
                 fits = not all(isinstance(failure, InvalidPayload) for failure in failures)
                 message.nack(requeue=self.options.on_failure == "requeue" and fits and not message.redelivered)
-        if not self.full:
-            message.channel.connection.release()
+
+    def ended(self, task: asyncio.Task[Any]) -> None:
+        super().ended(task)
+        holding = self._holding
+        if holding is not None and not self.full:
+            self._holding = None
+            holding.release()
 
 
 class RmqClient(AmqpProxy):
@@ -232,6 +244,12 @@ class RmqClient(AmqpProxy):
         super().__init__(address, service)
         self._names = _Names(self.options, service)
         self._headers = _table(self.options.headers, "headers")
+        try:
+            # What a message begins with that is told nothing, and where its answer goes.
+            self._plain = Properties(headers=self._headers, delivery_mode=1 + self.options.persistent).marshal()[2:]
+            self._reply_to = short(self.options.reply_queue)
+        except NO_AMQP as error:
+            raise ConfigurationError(f"AMQP cannot carry this: {error}") from error
 
     async def set_up(self, connection: Connection) -> None:
         options, names = self.options, self._names
@@ -245,21 +263,28 @@ class RmqClient(AmqpProxy):
         # Direct reply-to asks for both: no acknowledgements, and the channel on which requests are published.
         await self._asking.consume(options.reply_queue, self._answered, no_ack=True)
 
-    async def publish(self, request: Request, context: RpcContext) -> None:
+    def publish(self, request: Request, context: RpcContext) -> None:
         self.live()
-        properties = self._properties(context)
-        properties.correlation_id = request.id
-        properties.reply_to = properties.reply_to or self.options.reply_queue
-        remaining = context.remaining()
-        if properties.expiration is None and remaining is not None:
-            properties.expiration = str(milliseconds(remaining))
         exchange, key = self._place(context)
         body = self.encode(request)
-        self._asking.publish(exchange, key, marshalled(properties), body, mandatory=self.options.mandatory)
+        remaining = context.remaining()
+        if remaining is not None and is_plain(context):
+            id, ends = request.id.encode(), b"%d" % milliseconds(remaining)
+            facts = (self._plain, len(id), id, self._reply_to, len(ends), ends)
+            properties = b"\x37\0%b%c%b%b%c%b" % facts  # headers, delivery mode, id, reply-to, expiration
+        else:
+            told = self._properties(context)
+            told.correlation_id = request.id
+            told.reply_to = told.reply_to or self.options.reply_queue
+            if told.expiration is None and remaining is not None:
+                told.expiration = str(milliseconds(remaining))
+            properties = marshalled(told)
+        self._asking.publish(exchange, key, properties, body, mandatory=self.options.mandatory)
 
     async def dispatch_event(self, event: Event, context: RpcContext) -> None:
         exchange, key = self._place(context)
-        properties, mandatory = marshalled(self._properties(context)), self.options.mandatory
+        properties = b"\x30\0" + self._plain if is_plain(context) else marshalled(self._properties(context))
+        mandatory = self.options.mandatory
         taken = await self._confirming.hand_over(exchange, key, properties, self.encode(event), mandatory=mandatory)
         if taken:
             return
@@ -277,10 +302,10 @@ class RmqClient(AmqpProxy):
         return Unavailable(f"Nobody listens for {self.service} on {self.address}.")
 
     def _not_routed(self, message: Message) -> None:
-        self.fail(message.properties.correlation_id or "", self._nobody())
+        self.fail(long(message.correlation_id), self._nobody())
 
     def _answered(self, message: Message) -> None:
-        id = message.properties.correlation_id or ""
+        id = long(message.correlation_id)
         try:
             reply = _read_reply(self.decode(message.body))
         except (msgspec.DecodeError, UnicodeDecodeError):
@@ -289,6 +314,11 @@ class RmqClient(AmqpProxy):
             return
         reply.id = id
         self.receive(reply)
+
+
+def is_plain(context: RpcContext) -> bool:
+    """Return whether a message is told nothing of its own."""
+    return context.record is None and not (context.metadata and trace_headers(context.metadata))
 
 
 def properties_of(context: RpcContext, *, persistent: bool, headers: Mapping[str, Any]) -> Properties:

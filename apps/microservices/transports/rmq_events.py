@@ -23,9 +23,9 @@ from ..handlers import Delivery
 from ..instruments import dropped
 from ..packets import Event, Request
 from . import Address, Count, Seconds
-from .amqp import AmqpOptions, Channel, Connection, Message, marshalled
+from .amqp import AmqpOptions, Channel, Connection, Message, Properties, marshalled
 from .envelope import read_json, with_trace
-from .rmq import Record, bindings, milliseconds, nobody, properties_of
+from .rmq import Record, bindings, is_plain, milliseconds, nobody, properties_of
 from .rmq_peers import AmqpProxy, AmqpServer
 
 logger = logging.getLogger("microservices.rmq_events")
@@ -36,6 +36,7 @@ _MAX_LETTERS = 100_000
 _MAX_PAUSE = 24 * 3600.0
 _MAX_ERROR = 1000
 _ATTEMPT, _ROUTE, _ERROR = "x-attempt", "x-route", "x-error"
+_PLAIN = marshalled(Properties(headers={}, delivery_mode=2))
 _DEATHS = ("x-death", "x-first-death")
 
 
@@ -61,11 +62,11 @@ class RmqBus(AmqpProxy):
     async def set_up(self, connection: Connection) -> None:
         await self._confirming.declare_exchange(self.options.exchange, "topic")
 
-    async def publish(self, request: Request, context: RpcContext) -> None:
+    def publish(self, request: Request, context: RpcContext) -> None:
         raise RpcException("An event bus answers no requests.")
 
     async def dispatch_event(self, event: Event, context: RpcContext) -> None:
-        properties = marshalled(properties_of(context, persistent=True, headers={}))
+        properties = _PLAIN if is_plain(context) else marshalled(properties_of(context, persistent=True, headers={}))
         body = self.encode(event)
         # Not mandatory: an event need not be heard.
         await self._confirming.hand_over(self.options.exchange, context.pattern, properties, body, mandatory=False)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from abc import abstractmethod
+from collections.abc import Awaitable, Callable
 
-from ..exceptions import Unavailable
-from .amqp import Channel, Connection, open_connection
+from ..exceptions import RpcException, Unavailable
+from . import Address
+from .amqp import NO_AMQP, AmqpOptions, Channel, Connection
 from .base import BrokerServer, ClientProxy, Peer
 
 
@@ -71,3 +73,45 @@ class AmqpProxy(AmqpPeer, ClientProxy):
         gone = self.live().gone()
         self._connection = None
         self.lost(gone.message)
+
+
+SetUp = Callable[[Connection], Awaitable[None]]
+
+
+async def open_connection(address: Address, options: AmqpOptions, name: str, set_up: SetUp) -> Connection:
+    """Connect to the first host that answers, and set up there. Raises Unavailable, naming RabbitMQ and the reason."""
+    failure = Unavailable(f"RabbitMQ cannot be reached at {address}.")
+    patience = options.connect_timeout / len(address.hosts)
+    for host, port in address.hosts:
+        try:
+            return await _open(address._replace(host=host, port=port, others=()), options, name, set_up, patience)
+        except Unavailable as error:
+            failure = error
+    raise failure
+
+
+async def _open(address: Address, options: AmqpOptions, name: str, set_up: SetUp, patience: float) -> Connection:
+    context = options.client_context() if address.scheme == "amqps" else None
+    try:
+        async with asyncio.timeout(patience):
+            _, connection = await asyncio.get_running_loop().create_connection(
+                lambda: Connection(address, options.heartbeat, name),
+                address.host,
+                address.port,
+                ssl=context,
+                server_hostname=(options.server_name or address.host) if context else None,
+            )
+            try:
+                await connection.opened
+                await set_up(connection)
+            except BaseException:
+                connection.transport.abort()
+                raise
+            return connection
+    except TimeoutError:
+        raise Unavailable(f"RabbitMQ at {address} did not answer within {patience:g} s.") from None
+    except RpcException as error:
+        raise Unavailable(error.message) from error
+    except (OSError, *NO_AMQP) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise Unavailable(f"RabbitMQ cannot be reached at {address}: {reason}.") from error

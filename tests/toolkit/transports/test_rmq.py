@@ -8,6 +8,7 @@ import struct
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from itertools import compress, product
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -30,7 +31,7 @@ from microservices.exceptions import (
 )
 from microservices.handlers import event_pattern, message_pattern
 from microservices.transports import parse
-from microservices.transports.amqp import Message
+from microservices.transports.amqp import Message, Properties, _facts, short
 from microservices.transports.base import Status
 from microservices.transports.rmq import RmqClient, RmqServer
 from tests.brokers import RabbitMQ
@@ -248,6 +249,29 @@ async def test_that_nobody_handles_a_request_is_told_as_nestjs_tells_it(
     assert answer.correlation_id == "c"
 
 
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    "properties",
+    [
+        {},
+        {"headers": {"x": "1"}},
+        {"content_type": "application/json"},
+        {"content_encoding": "utf-8", "priority": 3},
+        {"content_type": "application/json", "headers": {"x": [1]}, "priority": 3, "expiration": 60, "message_id": "m"},
+    ],
+)
+async def test_a_request_with_any_properties_is_answered(
+    rabbitmq_url: str, queue: str, foreign: AbstractChannel, properties: dict[str, Any]
+) -> None:
+    async with serving(rabbitmq_url, queue, echo):
+        own = await foreign.declare_queue(exclusive=True)
+        asked = {"pattern": "echo", "data": 1, "id": 7}
+        await tell(foreign, queue, asked, reply_to=own.name, correlation_id="c", **properties)
+        answer = await next_of(own)
+
+    assert (answer.body, answer.correlation_id) == (b'{"response":1,"isDisposed":true}', "c")
+
+
 # Peers of all manners
 
 
@@ -261,6 +285,7 @@ async def test_that_nobody_handles_a_request_is_told_as_nestjs_tells_it(
         b"5",
         b"null",
         b"\xff\xfe",
+        b"\x00\x3c\x00\x3c",  # as a delivery begins
         b'{"total":1}',
         b'{"data":1}',
         b'{"pattern":"unknown","data":1}',
@@ -287,6 +312,46 @@ async def test_what_has_no_route_is_dropped_and_hurts_nobody(
     assert call == ("made", 1, {})
     assert losses("amqp", "unknown-event") == 1
     assert await waiting(foreign, queue) == 0  # not even what was refused
+
+
+def test_a_header_is_read_by_hand_as_pamqp_has_written_it() -> None:
+    told = {
+        "content_type": "application/json",
+        "content_encoding": "gzip",
+        "headers": {"x": [1]},
+        "delivery_mode": 2,
+        "priority": 3,
+        "correlation_id": "é" * 100,
+        "reply_to": "amq.rabbitmq.reply-to.g1h2",
+        "expiration": "5000",
+        "message_id": "m",
+    }
+    for chosen in product([False, True], repeat=len(told)):
+        some = dict(compress(told.items(), chosen))
+        header = bytes(12) + Properties(**some).marshal()
+        expected = tuple(short(some[name]) if name in some else b"" for name in ("correlation_id", "reply_to"))
+        assert _facts(header) == (*expected, "headers" in some)
+        for length in range(len(header)):
+            assert all(not text or len(text) == text[0] + 1 for text in _facts(header[:length])[:2])
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("size", [1, 7, 30])
+async def test_messages_may_come_in_pieces(rabbitmq_url: str, queue: str, size: int) -> None:
+    async with serving(rabbitmq_url, queue, echo) as server, calling(rabbitmq_url, queue) as client:
+        connection = server.unwrap()
+        assert connection is not None
+        take = connection.data_received
+
+        def take_pieces(data: bytes) -> None:
+            for start in range(0, len(data), size):
+                take(data[start : start + size])
+
+        connection.data_received = take_pieces  # type: ignore[method-assign]
+        async with asyncio.TaskGroup() as calls:
+            answers = [calls.create_task(client.send("echo", "x" * length)) for length in (0, 1, 300)]
+
+    assert [len(answer.result()) for answer in answers] == [0, 1, 300]
 
 
 @pytest.mark.asyncio
@@ -669,6 +734,12 @@ async def test_a_bad_option_is_explained(query: str, complaint: str, side: str) 
     address = parse(f"amqp://127.0.0.1?{query}")
     with pytest.raises(ConfigurationError, match=complaint):
         RmqServer(address, service(echo)) if side == "server" else RmqClient(address, "shop")
+
+
+@pytest.mark.asyncio
+async def test_headers_that_amqp_has_no_form_for_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="AMQP cannot carry this"):
+        RmqClient(parse('amqp://127.0.0.1?headers={"x":9223372036854775808}'), "shop")
 
 
 @pytest.mark.asyncio
