@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import struct
 from collections import deque
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -19,27 +18,13 @@ from pamqp.header import ContentHeader, ProtocolHeader
 from ..context import NO_HEADERS
 from ..exceptions import ConnectionLost, RpcException, Unavailable
 from . import Address, Count
+from . import amqp_frames as frames
 from .flow import FlowProtocol
 from .tls import TlsOptions
 
 logger = logging.getLogger("microservices.amqp")
 
 Properties = commands.Basic.Properties
-
-_METHOD, _HEADER, _BODY, _HEARTBEAT = 1, 2, 3, 8
-_KINDS = (_METHOD, _HEADER, _BODY, _HEARTBEAT)
-_FRAME = struct.Struct(">BHI")
-_BEAT = _FRAME.pack(_HEARTBEAT, 0, 0) + b"\xce"
-_AROUND = _FRAME.size + 1
-"""How many bytes a frame has around what it carries."""
-_PUBLISH, _RETURN, _DELIVER, _ACK, _NACK = (b"\0\x3c\0%c" % each for each in (40, 50, 60, 80, 120))
-NO_AMQP = (struct.error, ValueError, LookupError, TypeError)
-"""What is raised for bytes that cannot be read, and for names and tables that cannot be written."""
-_HEAD = struct.Struct(">BHIIQ")
-_SIZE = struct.Struct(">I")
-_TAG = struct.Struct(">QB")
-_VERDICT = struct.Struct(">BHI4sQBB")
-_REQUEUE = 2
 
 _MAX_FRAME = 131_072
 _MAX_UNSENT = 1024 * 1024
@@ -81,7 +66,7 @@ class Message(msgspec.Struct, eq=False):
             content = ContentHeader()
             try:
                 content.unmarshal(self.header)
-            except NO_AMQP:
+            except frames.NO_AMQP:
                 logger.debug("The properties of a message on %s cannot be read", self.channel.connection.address)
             self._properties = content.properties
         return self._properties
@@ -95,13 +80,13 @@ class Message(msgspec.Struct, eq=False):
         """Tell the broker to forget it. Whoever is first settles a message."""
         if not self.settled:
             self.settled = True
-            self.channel.write(_acked(self.channel.number, self.delivery_tag))
+            self.channel.write(frames.acked(self.channel.number, self.delivery_tag))
 
     def nack(self, *, requeue: bool = False) -> None:
         """Give it back to the queue, or to its dead-letter exchange."""
         if not self.settled:
             self.settled = True
-            self.channel.write(_nacked(self.channel.number, self.delivery_tag, requeue=requeue))
+            self.channel.write(frames.nacked(self.channel.number, self.delivery_tag, requeue=requeue))
 
 
 Take = Callable[[Message], None]
@@ -171,12 +156,12 @@ class Channel:
     def publish(self, exchange: str, key: str, properties: bytes, body: bytes, *, mandatory: bool = False) -> None:
         """Hand over a message, its properties `marshalled`. Raises RpcException for a name that is too long."""
         place = _place(self.number, exchange, key, mandatory)
-        self.write(_published(self.number, place, properties, body, self.connection.frame_max))
+        self.write(frames.published(self.number, place, properties, body, self.connection.frame_max))
 
     def answer(self, queue: bytes, properties: bytes, body: bytes) -> None:
         """Hand over a message to the `reply_to` of another."""
-        place = _publishing(self.number, _DEFAULT, queue)
-        self.write(_published(self.number, place, properties, body, self.connection.frame_max))
+        place = frames.publishing(self.number, _DEFAULT, queue)
+        self.write(frames.published(self.number, place, properties, body, self.connection.frame_max))
 
     async def confirm(self) -> None:
         """Have the broker confirm what is published from now on, by `hand_over` alone."""
@@ -217,41 +202,41 @@ class Channel:
     # What comes
 
     def take(self, kind: int, payload: bytes) -> None:
-        """Take a frame of this channel. Raises one of NO_AMQP."""
-        if kind == _BODY:
+        """Take a frame of this channel. Raises one of frames.NO_AMQP."""
+        if kind == frames.BODY:
             self._parts.append(payload)
             self._missing -= len(payload)
             if self._missing <= 0:
                 self._complete()
-        elif kind == _HEADER:
+        elif kind == frames.HEADER:
             self._header = payload
             self._missing = int.from_bytes(payload[4:12])
             if not self._missing:
                 self._complete()
-        elif payload.startswith((_DELIVER, _RETURN)):
+        elif payload.startswith((frames.DELIVER, frames.RETURN)):
             self._announced = payload
-        elif payload.startswith(_ACK):
+        elif payload.startswith(frames.ACK):
             self._confirmed(int.from_bytes(payload[4:12]), multiple=payload[12] > 0)
         else:
             self._take_method(_method(payload))
 
     def take_message(self, delivery: bytes, header: bytes, body: bytes) -> None:
-        """Take a message, by its frames. Raises one of NO_AMQP."""
+        """Take a message, by its frames. Raises one of frames.NO_AMQP."""
         # By hand: pamqp stumbles over names that are no UTF-8.
         start = 5 + delivery[4]
-        tag, redelivered = _TAG.unpack_from(delivery, start)
-        exchange, key = _names(delivery[start + _TAG.size :])
-        facts = _facts(header)
+        tag, redelivered = frames.TAG.unpack_from(delivery, start)
+        exchange, key = frames.names_of(delivery[start + frames.TAG.size :])
+        facts = frames.facts_of(header)
         self.on_message(Message(self, tag, redelivered > 0, exchange, key, self._no_ack, header, *facts, body))
 
     def _complete(self) -> None:
         body = b"".join(self._parts)
         self._parts.clear()
-        if self._announced.startswith(_DELIVER):
+        if self._announced.startswith(frames.DELIVER):
             self.take_message(self._announced, self._header, body)
         else:
-            exchange, key = _names(self._announced[7 + self._announced[6] :])
-            facts = _facts(self._header)
+            exchange, key = frames.names_of(self._announced[7 + self._announced[6] :])
+            facts = frames.facts_of(self._header)
             self._not_routed(Message(self, 0, False, exchange, key, True, self._header, *facts, body))
 
     def _take_method(self, method: Frame) -> None:
@@ -383,45 +368,51 @@ class Connection(FlowProtocol):
         if not self._held and self._loop.time() - self._heard > 2 * self._heartbeat:
             self.fail("the broker fell silent")
             return
-        self.write(_BEAT)
+        self.write(frames.BEAT)
         self._timer = self._loop.call_later(self._heartbeat / 2, self._beat)
 
     def _read(self) -> None:
         try:
-            while not self._held and len(self._buffer) - self._position >= _AROUND:
+            while not self._held and len(self._buffer) - self._position >= frames.AROUND:
                 buffer = self._buffer
-                kind, number, length = _FRAME.unpack_from(buffer, self._position)
-                if kind not in _KINDS or length > _MAX_FRAME:
+                kind, number, length = frames.FRAME.unpack_from(buffer, self._position)
+                if kind not in frames.KINDS or length > _MAX_FRAME:
                     raise ValueError("no frame")
-                start = self._position + _FRAME.size
+                start = self._position + frames.FRAME.size
                 end = start + length
                 if end >= len(buffer):
                     break
-                delivery = kind == _METHOD and buffer.startswith(_DELIVER, start)
+                delivery = kind == frames.METHOD and buffer.startswith(frames.DELIVER, start)
                 if delivery and self._read_message(buffer, number, start, end):
                     continue
                 self._position, payload = end + 1, buffer[start:end]
                 if number:
                     self._channels[number].take(kind, payload)
-                elif kind == _METHOD:
+                elif kind == frames.METHOD:
                     self._control(_method(payload))
-        except NO_AMQP as error:
+        except frames.NO_AMQP as error:
             self.fail(f"the broker sent what is no AMQP: {error}")
         if self._position == len(self._buffer):
             self._buffer, self._position = b"", 0
 
     def _read_message(self, buffer: bytes, number: int, delivery: int, end: int) -> bool:
         """Take a message all of whose frames have come, as nearly all do: its delivery, one header, one body."""
-        if len(buffer) - end <= _HEAD.size:
+        if len(buffer) - end <= frames.HEAD.size:
             return False
-        kind, channel, length, _, size = _HEAD.unpack_from(buffer, end + 1)
-        header = end + _AROUND
+        kind, channel, length, _, size = frames.HEAD.unpack_from(buffer, end + 1)
+        header = end + frames.AROUND
         header_end = header + length
-        body = header_end + _AROUND
+        body = header_end + frames.AROUND
         body_end = body + size
-        if kind != _HEADER or channel != number or body_end >= len(buffer) or length > _MAX_FRAME or size > _MAX_FRAME:
+        if (
+            kind != frames.HEADER
+            or channel != number
+            or body_end >= len(buffer)
+            or length > _MAX_FRAME
+            or size > _MAX_FRAME
+        ):
             return False
-        if _FRAME.unpack_from(buffer, header_end + 1) != (_BODY, number, size):
+        if frames.FRAME.unpack_from(buffer, header_end + 1) != (frames.BODY, number, size):
             return False
         self._position = body_end + 1
         self._channels[number].take_message(buffer[delivery:end], buffer[header:header_end], buffer[body:body_end])
@@ -474,95 +465,9 @@ def marshalled(part: Frame | Properties) -> bytes:
     """Return what travels for a method or for properties. Raises RpcException for what AMQP has no room for."""
     try:
         return part.marshal()
-    except NO_AMQP as error:
+    except frames.NO_AMQP as error:
         message = f"AMQP cannot carry this: {error}"
         raise RpcException({"statusCode": 400, "code": "not-amqp", "message": message}) from error
-
-
-# The frames of each message, by hand: pamqp takes as long for them as all the rest.
-
-
-def _facts(header: bytes) -> tuple[bytes, bytes, bool]:
-    """Return what each message is asked for: its `correlation_id` and `reply_to`, and whether it has other headers.
-
-    The two are as they travel, their length before them. One that is cut off tells nothing.
-    """
-    correlation_id = reply_to = b""
-    has_headers = False
-    try:
-        flags, at = header[12] << 8 | header[13], 14
-        if flags & 0xC000:
-            for type_or_encoding in (0x8000, 0x4000):
-                if flags & type_or_encoding:
-                    at += 1 + header[at]
-        if flags & 0x2000:
-            (size,) = _SIZE.unpack_from(header, at)
-            has_headers = size > 0
-            at += 4 + size
-        at += (flags >> 12 & 1) + (flags >> 11 & 1)  # the delivery mode and the priority
-        if flags & 0x0400:
-            end = at + 1 + header[at]
-            correlation_id, at = header[at:end], end
-        if flags & 0x0200:
-            end = at + 1 + header[at]
-            reply_to, at = header[at:end], end
-    except NO_AMQP:
-        return b"", b"", False
-    return (b"", b"", False) if at > len(header) or flags & 1 else (correlation_id, reply_to, has_headers)
-
-
-def _framed(channel: int, payload: bytes) -> bytes:
-    """Return the frame of a method."""
-    return b"%b%b\xce" % (_FRAME.pack(_METHOD, channel, len(payload)), payload)
-
-
-def _published(channel: int, place: bytes, properties: bytes, body: bytes, frame_max: int) -> bytes:
-    """Return the frames of a message: `place` is what `publishing` gives, `properties` are marshalled."""
-    size = len(body)
-    header = _HEAD.pack(_HEADER, channel, 12 + len(properties), 0x3C0000, size)
-    limit = frame_max - _AROUND
-    if 0 < size <= limit:
-        return b"%b%b%b\xce%b%b\xce" % (place, header, properties, _FRAME.pack(_BODY, channel, size), body)
-    parts = [place, header, properties, b"\xce"]
-    for start in range(0, size, limit):
-        part = body[start : start + limit]
-        parts += _FRAME.pack(_BODY, channel, len(part)), part, b"\xce"
-    return b"".join(parts)
-
-
-@lru_cache(maxsize=4096)
-def _publishing(channel: int, exchange: bytes, key: bytes, mandatory: bool = False) -> bytes:
-    """Return the frame that says where a message goes: both names with their length before them, as `short` has it."""
-    return _framed(channel, b"%b\0\0%b%b%c" % (_PUBLISH, exchange, key, mandatory))
-
-
-def _acked(channel: int, tag: int) -> bytes:
-    """Return the frame that acknowledges a message."""
-    return _VERDICT.pack(_METHOD, channel, 13, _ACK, tag, 0, 0xCE)
-
-
-def _nacked(channel: int, tag: int, *, requeue: bool) -> bytes:
-    """Return the frame that gives a message back."""
-    return _VERDICT.pack(_METHOD, channel, 13, _NACK, tag, _REQUEUE * requeue, 0xCE)
-
-
-@lru_cache(maxsize=4096)
-def _names(names: bytes) -> tuple[str, str]:
-    """Return the exchange and the routing key of a delivery, also where they are no UTF-8."""
-    end = 1 + names[0]
-    key = names[end + 1 : end + 1 + names[end]]
-    return names[1:end].decode("utf-8", "replace"), key.decode("utf-8", "replace")
-
-
-def short(text: str) -> bytes:
-    """Return a text as it travels in properties. Raises ValueError for one of more than 255 bytes."""
-    body = text.encode()
-    return bytes((len(body),)) + body
-
-
-def long(text: bytes) -> str:
-    """Return what such a text says."""
-    return text[1:].decode("utf-8", "replace")
 
 
 @lru_cache(maxsize=4096)
@@ -571,7 +476,7 @@ def _place(channel: int, exchange: str, key: str, mandatory: bool) -> bytes:
 
 
 def _called(channel: int, method: Frame) -> bytes:
-    return _framed(channel, method.index.to_bytes(4) + marshalled(method))
+    return frames.framed(channel, method.index.to_bytes(4) + marshalled(method))
 
 
 def _method(payload: bytes) -> Frame:

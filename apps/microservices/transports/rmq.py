@@ -18,7 +18,8 @@ from ..exceptions import ConfigurationError, InvalidPayload, PacketError, RpcExc
 from ..instruments import dropped
 from ..packets import Event, Reply, Request, Response
 from . import Address, Count, Seconds
-from .amqp import NO_AMQP, AmqpOptions, Channel, Connection, Message, Properties, long, marshalled, short
+from .amqp import AmqpOptions, Channel, Connection, Message, Properties, marshalled
+from .amqp_frames import NO_AMQP, long, short
 from .envelope import read_packet, trace_headers, with_trace
 from .rmq_peers import AmqpProxy, AmqpServer
 from .wildcards import Wildcards

@@ -8,7 +8,8 @@ from collections.abc import Awaitable, Callable
 
 from ..exceptions import RpcException, Unavailable
 from . import Address
-from .amqp import NO_AMQP, AmqpOptions, Channel, Connection
+from .amqp import AmqpOptions, Channel, Connection
+from .amqp_frames import NO_AMQP
 from .base import BrokerServer, ClientProxy, Peer
 
 

@@ -31,7 +31,8 @@ from microservices.exceptions import (
 )
 from microservices.handlers import event_pattern, message_pattern
 from microservices.transports import parse
-from microservices.transports.amqp import Message, Properties, _facts, short
+from microservices.transports.amqp import Message, Properties
+from microservices.transports.amqp_frames import facts_of, short
 from microservices.transports.base import Status
 from microservices.transports.rmq import RmqClient, RmqServer
 from tests.brokers import RabbitMQ
@@ -330,9 +331,9 @@ def test_a_header_is_read_by_hand_as_pamqp_has_written_it() -> None:
         some = dict(compress(told.items(), chosen))
         header = bytes(12) + Properties(**some).marshal()
         expected = tuple(short(some[name]) if name in some else b"" for name in ("correlation_id", "reply_to"))
-        assert _facts(header) == (*expected, "headers" in some)
+        assert facts_of(header) == (*expected, "headers" in some)
         for length in range(len(header)):
-            assert all(not text or len(text) == text[0] + 1 for text in _facts(header[:length])[:2])
+            assert all(not text or len(text) == text[0] + 1 for text in facts_of(header[:length])[:2])
 
 
 @pytest.mark.asyncio
