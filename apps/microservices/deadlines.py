@@ -12,36 +12,42 @@ from .exceptions import DeadlineExceeded
 E = TypeVar("E", bound=Hashable)
 
 TICK = 0.01
-"""How many seconds late an entry may expire."""
+"""How many seconds late an entry may expire; one with a far deadline a thousandth of the time that it had."""
+_MOST = 1000
 
 
 class Deadlines(Generic[E]):
     """Calls `expire` with each entry whose deadline has passed, never early.
 
-    A timer of the loop costs as much as half a call, so that one serves all the entries of a tick.
+    A timer of the loop costs as much as half a call, so that one serves all the entries of a tick. Ticks far away
+    are wider, so that their number is bounded, whatever deadlines peers may choose.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, expire: Callable[[E], None]) -> None:
         self.loop = loop
         self._expire = expire
-        self._ticks: dict[int, set[E]] = {}
+        self._ticks: dict[float, set[E]] = {}
+        """By the time when they are over."""
 
     def add(self, deadline: float, entry: E) -> set[E]:
         """Watch an entry until `deadline`, a reading of `time.monotonic()`; discard it from the set where it ended."""
-        number = int(deadline / TICK) + 1
-        tick = self._ticks.get(number)
+        left, width = deadline - time.monotonic(), TICK
+        while left > width * _MOST:
+            width *= 2
+        end = (int(deadline / width) + 1) * width
+        tick = self._ticks.get(end)
         if tick is None:
-            tick = self._ticks[number] = set()
-            self.loop.call_later(max(0.0, number * TICK - time.monotonic()), self._passed, number)
+            tick = self._ticks[end] = set()
+            self.loop.call_later(max(0.0, end - time.monotonic()), self._passed, end)
         tick.add(entry)
         return tick
 
-    def _passed(self, number: int) -> None:
-        early = number * TICK - time.monotonic()
+    def _passed(self, end: float) -> None:
+        early = end - time.monotonic()
         if early > 0:  # some loops count in milliseconds
-            self.loop.call_later(early + 0.001, self._passed, number)
+            self.loop.call_later(early + 0.001, self._passed, end)
             return
-        for entry in list(self._ticks.pop(number)):
+        for entry in list(self._ticks.pop(end)):
             self._expire(entry)
 
 

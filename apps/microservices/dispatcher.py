@@ -137,7 +137,7 @@ class Dispatcher:
             if is_event:
                 dropped.add(self.service, transport, "unknown-event")
             else:
-                reply(Response(id=packet.id, status="error", err=NoHandler().to_wire()))
+                self._send(reply, Response(id=packet.id, status="error", err=NoHandler().to_wire()), "")
             return None
         metadata = packet.metadata
         if route.unseen and (metadata is UNSET or not given_up(metadata)):
@@ -223,7 +223,11 @@ class Dispatcher:
         try:
             reply(response)
         except Exception as error:  # noqa: BLE001 - no JSON form, or too large: logged and answered
-            reply(self._failure(error, pattern, response.id))
+            try:
+                reply(self._failure(error, pattern, response.id))
+            except Exception:  # as with an id that fills a packet: nothing can be told, and nobody else is to suffer
+                logger.exception("%s %s could not be answered", self.service, pattern)
+                dropped.add(self.service, "dispatcher", "no-answer")
 
     def _failure(self, error: BaseException, pattern: str, id: Any) -> Response:
         if isinstance(error, RpcException):

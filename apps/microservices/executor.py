@@ -84,7 +84,8 @@ class Executor:
         self._wake()
 
     def _wake(self) -> None:
-        # One thread at a time, which wakes the next: many jobs of one moment wake as many as get to run.
+        # One thread at a time, which wakes the next: many jobs of one moment wake as many as get to run. Two may pass
+        # the question at once; that is sound, since whoever is woken ends `_waking` before it looks for jobs.
         if self._waking or not self._jobs:
             return
         try:
@@ -100,7 +101,8 @@ class Executor:
         except RuntimeError:  # closed meanwhile, or the system has no more threads
             self._waking = False
             self._free.insert(0, None)
-            self._refuse()
+            if self._closed or len(self._free) >= self._size:  # else those at work will take what waits
+                self._refuse()
 
     def _serve(self) -> None:
         bell = threading.Lock()

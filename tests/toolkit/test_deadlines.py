@@ -94,3 +94,20 @@ async def test_a_cancellation_from_outside_stays_one() -> None:
 
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+def test_ticks_are_bounded_whatever_deadlines_are_chosen() -> None:
+    timers = []
+
+    class Loop:
+        def call_later(self, delay: float, callback: object, *args: object) -> None:
+            timers.append(delay)
+
+    deadlines = Deadlines[int](Loop(), print)  # type: ignore[arg-type]
+    now = time.monotonic()
+
+    for number in range(50_000):
+        deadlines.add(now + 3600 + number / 10, number).discard(number)
+
+    assert len(timers) < 3000
+    assert all(delay >= 3600 for delay in timers)

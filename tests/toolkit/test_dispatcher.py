@@ -526,3 +526,24 @@ async def test_one_middleware_that_may_wait_makes_it_a_task() -> None:
     assert answer["response"] == 1
     assert notes == ["first ask in a task"]
     assert len(recorder.calls) == 1
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("pattern", ["inline", "task", "unknown"])
+async def test_an_answer_that_cannot_be_given_at_all_hurts_nobody_else(
+    pattern: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    @message_pattern("inline", inline=True)
+    def inline(data: int) -> int:
+        return data
+
+    @message_pattern("task")
+    async def task(data: int) -> int:
+        return data
+
+    def reply(_: Any) -> None:
+        raise RpcException("The packet is too large.")
+
+    await settled(service(inline, task).dispatch(packet(pattern, 1), reply, transport="test", peer=""))
+
+    assert "could not be answered" in caplog.text

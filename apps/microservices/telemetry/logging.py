@@ -139,7 +139,10 @@ class CallLog:
             self._wake.wait()
             time.sleep(0.05)  # lines come in bursts: gather them
             self._wake.clear()
-            self.flush()
+            try:
+                self.flush()
+            except Exception:  # a handler's or a filter's: the next lines are worth another attempt
+                logging.getLogger("microservices").exception("lines of the call log could not be written")
 
     def _write(self, line: _Line) -> None:
         at, side, service, pattern, status, ms, transport, peer, id = line

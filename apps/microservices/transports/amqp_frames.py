@@ -12,7 +12,7 @@ BEAT = FRAME.pack(_HEARTBEAT, 0, 0) + b"\xce"
 AROUND = FRAME.size + 1
 """How many bytes a frame has around what it carries."""
 _PUBLISH, RETURN, DELIVER, ACK, _NACK = (b"\0\x3c\0%c" % each for each in (40, 50, 60, 80, 120))
-NO_AMQP = (struct.error, ValueError, LookupError, TypeError)
+NO_AMQP = (struct.error, ValueError, LookupError, TypeError, RecursionError)
 """What is raised for bytes that cannot be read, and for names and tables that cannot be written."""
 HEAD = struct.Struct(">BHIIQ")
 _SIZE = struct.Struct(">I")

@@ -162,6 +162,10 @@ class FramedConnection(FlowProtocol):
         """End a connection whose bytes make no sense."""
         raise NotImplementedError
 
+    def is_busy(self) -> bool:
+        """Return what `busy` should be."""
+        return self.busy
+
     def data_received(self, data: bytes) -> None:
         self._frames.feed(data)
         self.pump()
@@ -173,7 +177,7 @@ class FramedConnection(FlowProtocol):
         self._pumping = True
         try:
             for _ in range(FRAMES_PER_TURN):
-                if self.busy or self._writable is not None:
+                if self.busy:
                     self.hold()
                     break
                 if not self._bodies:
@@ -221,4 +225,5 @@ class FramedConnection(FlowProtocol):
 
     def resume_writing(self) -> None:
         super().resume_writing()
+        self.busy = self.is_busy()
         self.pump()

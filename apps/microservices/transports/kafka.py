@@ -33,6 +33,9 @@ from .kafka_records import Headers
 _END = (records.DISPOSED, b"\x00")
 _MOST_WAITING = 64
 
+Key = tuple[str, int, bytes]
+"""A topic, its partition, and the key of a record."""
+
 
 class Options(KafkaOptions, frozen=True, kw_only=True):
     """What a URL may set beside that; times in seconds."""
@@ -89,6 +92,7 @@ class KafkaServer(BrokerServer):
         self._routes = self._by_topic(self.routes)
         self._connection: KafkaConnection | None = None
         self._readers: list[asyncio.Task[None]] = []
+        self._keys: dict[Key, asyncio.Task[Any]] = {}
         name = f"{self.options.prefix}{self.options.group or dispatcher.service}{self.postfix}"
         self._group = Group(name, self.options.session_timeout, self._start, self.free, self.let_go)
 
@@ -162,7 +166,8 @@ class KafkaServer(BrokerServer):
             answer = _Answer(self, topic, int(partition) if partition.isdecimal() else 0, raw[records.CORRELATION])
         elif not self.hears_events:
             return None  # it comes by the bus, too
-        return self.handle(
+        handle = partial(
+            self.handle,
             packet,
             answer,
             peer=self.url,
@@ -171,6 +176,37 @@ class KafkaServer(BrokerServer):
             headers=headers,
             native=record,
         )
+        if record.key is None or packet.id is not UNSET:
+            return handle()
+        # Events of one key in their order, wherever their handlers run.
+        before = self.running(record)
+        if before is None:
+            return self.lock(record, handle())
+        work = self._after(before, handle)
+        return self.lock(record, self.keep(asyncio.get_running_loop().create_task(work, context=Context())))
+
+    @staticmethod
+    async def _after(before: asyncio.Task[Any], handle: Callable[[], asyncio.Task[Any] | None]) -> None:
+        await asyncio.wait([before])
+        task = handle()
+        if task is not None:
+            await task
+
+    def running(self, record: Any) -> asyncio.Task[Any] | None:
+        """Return the work on the record before this one, of its key, if that is not done."""
+        return self._keys.get((record.topic, record.partition, record.key))
+
+    def lock(self, record: Any, task: asyncio.Task[Any] | None) -> asyncio.Task[Any] | None:
+        """Let the next record of this one's key wait for a task."""
+        if task is not None:
+            key = (record.topic, record.partition, record.key)
+            self._keys[key] = task
+            task.add_done_callback(partial(self._unlock, key))
+        return task
+
+    def _unlock(self, key: Key, task: asyncio.Task[Any]) -> None:
+        if self._keys.get(key) is task:
+            del self._keys[key]
 
     def write(self, data: Any) -> tuple[bytes | None, bytes | None]:
         """Return the value of an answer, and its type. Raises RpcException where it is too large."""

@@ -6,7 +6,6 @@ import asyncio
 import logging
 from collections.abc import Awaitable
 from contextvars import Context
-from functools import partial
 from typing import Any, ClassVar
 
 from ..context import RpcContext
@@ -20,9 +19,6 @@ from .kafka import KafkaClient, KafkaServer, nobody
 from .kafka_records import read_headers, topic_of
 
 logger = logging.getLogger("microservices.kafka")
-
-Key = tuple[str, int, bytes]
-"""A topic, its partition, and the key of a record."""
 
 
 class Options(kafka.Options, frozen=True, kw_only=True):
@@ -57,7 +53,6 @@ class KafkaListener(KafkaServer):
         self._told = self._by_topic(self._heard("each"))
         self._last: dict[Any, int] = {}
         self._dead = topic_of(f"dead.{dispatcher.service}", self.options.prefix)
-        self._keys: dict[Key, asyncio.Task[None]] = {}
         self._resting: set[asyncio.Task[Any]] = set()
 
     @property
@@ -123,17 +118,9 @@ class KafkaListener(KafkaServer):
     # For one process
 
     def _start(self, record: Any) -> asyncio.Task[Any] | None:
-        key = None if record.key is None else (record.topic, record.partition, record.key)
-        work = self._work(record, None if key is None else self._keys.get(key))
-        task = asyncio.get_running_loop().create_task(work, context=Context())
-        if key is not None:
-            self._keys[key] = task
-            task.add_done_callback(partial(self._unlock, key))
-        return self.keep(task)
-
-    def _unlock(self, key: Key, task: asyncio.Task[None]) -> None:
-        if self._keys.get(key) is task:
-            del self._keys[key]
+        work = self._work(record, None if record.key is None else self.running(record))
+        task = self.keep(asyncio.get_running_loop().create_task(work, context=Context()))
+        return task if record.key is None else self.lock(record, task)
 
     async def _work(self, record: Any, before: asyncio.Task[None] | None) -> None:
         if before is not None:

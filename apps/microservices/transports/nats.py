@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 from collections import deque
 from collections.abc import Awaitable
@@ -24,6 +25,8 @@ from .base import BrokerServer, ClientProxy
 from .envelope import read_json, trace_headers, with_trace
 from .nats_connection import NatsOptions, is_literal, is_subject, open_connection
 from .nats_protocol import Message, NatsConnection
+
+logger = logging.getLogger("microservices.nats")
 
 _MOST_KNOWN = 4096
 _MAX_WAITING_BYTES = 64 * 1024 * 1024
@@ -199,7 +202,10 @@ class NatsServer(BrokerServer):
             hearing.count -= 1
             hearing.size -= len(message.data)
             if not self._leaving:
-                self._dispatch(hearing, message)
+                try:
+                    self._dispatch(hearing, message)
+                except Exception:  # the others would wait for ever
+                    logger.exception("%s stumbled over a message of %s", self.dispatcher.service, message.subject)
         if not self._waiting:
             self._none_waits.set()
 

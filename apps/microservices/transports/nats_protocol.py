@@ -328,7 +328,7 @@ class NatsConnection(FlowProtocol):
             self.fail(reason or "NATS refused something")
             return
         subject = re.sub(r"\\(.)", r"\1", denied[1])
-        if len(self.denied) < _MOST_DENIED:  # peers choose where they want their answers
+        if subject in self.denied or len(self.denied) < _MOST_DENIED:  # peers choose where they want their answers
             self.denied[subject] += 1
             if self.denied[subject] == 1:
                 logger.error("NATS does not allow it: %s", reason)

@@ -84,6 +84,10 @@ class _ServerConnection(FramedConnection):
         for task in list(self._awaited):
             task.cancel()  # nobody is left to answer; an event goes on
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.busy = True  # who does not take its answers asks nothing more; a client reads on, or both would wait
+
     def eof_received(self) -> bool:
         # A peer that only closed its writing side still gets what it asked for.
         self._no_more = self.busy = True
@@ -95,7 +99,7 @@ class _ServerConnection(FramedConnection):
 
     def pump(self) -> None:
         super().pump()
-        waiting = self._frames.partial and not self.busy and self._writable is None and not self._held
+        waiting = self._frames.partial and not self.busy and not self._held
         if not waiting and self._half_frame is not None:
             self._half_frame.cancel()
             self._half_frame = None
@@ -139,10 +143,13 @@ class _ServerConnection(FramedConnection):
         self._no_more = self.busy = True
         self.hold()
 
+    def is_busy(self) -> bool:
+        return self._no_more or self._writable is not None or self._running >= self._max_in_flight
+
     def _done(self, task: asyncio.Task[None]) -> None:
         self._server.ended(task)
         self._running -= 1
-        self.busy = self._no_more or self._running >= self._max_in_flight
+        self.busy = self.is_busy()
         self._awaited.discard(task)
         self._active_at = self._loop.time()
         if self._no_more and not self._awaited:

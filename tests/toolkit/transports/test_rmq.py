@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from itertools import compress, product
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -1190,3 +1190,17 @@ async def test_a_broker_that_falls_silent_is_lost_after_two_heartbeats(rabbitmq_
         silent.set()
         with pytest.raises(ConnectionLost, match="silent"):
             await client.send("echo", 2)
+
+
+def test_properties_that_nobody_can_read_are_none() -> None:
+    depth = 3000
+    table = b""
+    for _ in range(depth):
+        table = b"\1aF" + len(table).to_bytes(4) + table
+    header = b"\0\x3c\0\0" + (0).to_bytes(8) + b"\x20\0" + len(table).to_bytes(4) + table
+
+    channel: Any = SimpleNamespace(connection=SimpleNamespace(address="amqp://test"))
+    message = Message(channel, 1, False, "", "orders", True, header, *facts_of(header), b"{}")
+
+    assert message.has_headers
+    assert message.headers == {}

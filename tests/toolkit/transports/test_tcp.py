@@ -12,8 +12,8 @@ from microservices.exceptions import RpcException
 from microservices.handlers import event_pattern, message_pattern
 from microservices.transports import Address, parse
 from microservices.transports.base import ClientProxy, Status
-from microservices.transports.tcp import TcpClient, TcpServer
-from tests.toolkit.conftest import service
+from microservices.transports.tcp import TcpClient, TcpServer, _ClientConnection
+from tests.toolkit.conftest import frame, service
 from tests.toolkit.transports.contract import PATIENCE, TransportContract, echo
 from tests.toolkit.transports.wire import Wire, asked, connection, framed, until
 
@@ -539,3 +539,30 @@ async def test_an_error_mapping_without_a_json_form_is_an_internal_error(caplog:
 
         assert (await peer.hear())["err"] == {"status": "error", "message": "Internal server error"}
         assert "fail failed" in caplog.text
+
+
+@pytest.mark.asyncio
+async def test_a_client_whose_requests_are_not_taken_still_hears_its_answers() -> None:
+    """Held by each other, both ends would wait for ever."""
+
+    class Transport(asyncio.Transport):
+        def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None: ...
+
+        def is_closing(self) -> bool:
+            return False
+
+        def write(self, data: Any) -> None: ...
+
+        def pause_reading(self) -> None:
+            raise AssertionError("it reads no more")
+
+    heard = []
+    proxy = TcpClient(parse("tcp://127.0.0.1:1"), "shop")
+    proxy.receive = heard.append  # type: ignore[method-assign,assignment]
+    connection = _ClientConnection(proxy)
+    connection.connection_made(Transport())
+
+    connection.pause_writing()
+    connection.data_received(frame(b'{"response":1,"isDisposed":true,"id":"a"}'))
+
+    assert [reply.id for reply in heard] == ["a"]
