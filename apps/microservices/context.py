@@ -78,7 +78,7 @@ class RpcContext(msgspec.Struct, kw_only=True, eq=False):
 
     def check_deadline(self) -> None:
         """Raise DeadlineExceeded if the caller has given up."""
-        if self.expired():
+        if self.deadline is not None and time.monotonic() >= self.deadline:
             raise DeadlineExceeded()
 
     def cap_deadline(self, seconds: float) -> None:

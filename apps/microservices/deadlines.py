@@ -31,15 +31,21 @@ class Deadlines(Generic[E]):
 
     def add(self, deadline: float, entry: E) -> set[E]:
         """Watch an entry until `deadline`, a reading of `time.monotonic()`; discard it from the set where it ended."""
-        left, width = deadline - time.monotonic(), TICK
-        while left > width * _MOST:
+        tick = self._ticks.get((int(deadline / TICK) + 1) * TICK)
+        if tick is None:
+            tick = self._tick(deadline)
+        tick.add(entry)
+        return tick
+
+    def _tick(self, deadline: float) -> set[E]:
+        now, width = time.monotonic(), TICK
+        while deadline - now > width * _MOST:
             width *= 2
         end = (int(deadline / width) + 1) * width
         tick = self._ticks.get(end)
         if tick is None:
             tick = self._ticks[end] = set()
-            self.loop.call_later(max(0.0, end - time.monotonic()), self._passed, end)
-        tick.add(entry)
+            self.loop.call_later(max(0.0, end - now), self._passed, end)
         return tick
 
     def _passed(self, end: float) -> None:

@@ -159,20 +159,18 @@ class Dispatcher:
         if is_event:
             return self._dispatch_event(route, delivery, packet.data, context)
         target = route.request or route.events[0]
-        if target.call is not None:
-            self._answer_in_place(target.call, packet.data, context, route.name, reply, packet.id)
-            return None
-        return self._spawn(self._answer(target, packet.data, context, reply, packet.id), lender.get())
-
-    # Requests
-
-    def _answer_in_place(self, call: Call, data: Any, context: RpcContext, name: str, reply: Replier, id: Any) -> None:
+        call = target.call
+        if call is None:
+            return self._spawn(self._answer(target, packet.data, context, reply, packet.id), lender.get())
         try:
             if context.deadline is not None:
                 context.check_deadline()
-            reply(Response(response=call(data, context), is_disposed=True, id=id))
+            reply(Response(call(packet.data, context), UNSET, True, packet.id))
         except Exception as error:  # noqa: BLE001 - logged and answered
-            self._send(reply, self._failure(error, name, id), name)
+            self._send(reply, self._failure(error, route.name, packet.id), route.name)
+        return None
+
+    # Requests
 
     async def _answer(self, target: Target, data: Any, context: RpcContext, reply: Replier, id: Any) -> None:
         current.set(context)

@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from contextvars import Context
 from enum import StrEnum
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import msgspec
 from msgspec import UNSET, Raw
@@ -36,6 +36,7 @@ from .answers import END, Call, Stream
 logger = logging.getLogger("microservices.transports")
 
 Encode = Callable[[Request | Event | Response], bytes]
+T = TypeVar("T")
 
 
 class Status(StrEnum):
@@ -76,6 +77,11 @@ class Peer(ABC):
         """Returns what travels for a packet. Raises one of `codec.UNENCODABLE` for data without a JSON form."""
         self.decode: Callable[[bytes], bytes] = bytes if self._codec is None else _decoding(self._codec)
         """Returns the JSON of what has come; what the codec cannot read is left as it is, a foreign message."""
+
+    def reader(self, read: Callable[[bytes], T]) -> Callable[[bytes], T]:
+        """Return what does `decode` and then `read`; `read` itself where there is no codec."""
+        decode = self.decode
+        return read if self._codec is None else lambda body: read(decode(body))
 
     @abstractmethod
     def unwrap(self) -> Any:

@@ -77,6 +77,7 @@ class MqttServer(BrokerServer):
 
     def __init__(self, address: Address, dispatcher: Dispatcher) -> None:
         super().__init__(address, dispatcher)
+        self._read = self.reader(read_packet)
         self._readers: dict[MqttConnection, list[str]] = {}
         self._writer: MqttConnection | None = None
         self._holding = False
@@ -162,7 +163,7 @@ class MqttServer(BrokerServer):
 
     def read(self, message: Message) -> Packet:
         """Return what a message brings."""
-        return with_trace(read_packet(self.decode(message.payload)), message.headers)
+        return with_trace(self._read(message.payload), message.headers)
 
     def _find(self, topic: str) -> _Door:
         own = topic.endswith(REPLY) and topic not in self._topics
@@ -273,6 +274,7 @@ class MqttClient(ClientProxy):
 
     def __init__(self, address: Address, service: str) -> None:
         super().__init__(address, service)
+        self._read = self.reader(codec.decode_reply)
         self._v5 = self.options.version == "5"
         self._connection: MqttConnection | None = None
         # The topics whose answers are heard, the last used last, and which request waits for an answer to which.
@@ -407,7 +409,7 @@ class MqttClient(ClientProxy):
         if message.qos:
             connection.acknowledge(message)
         try:
-            self.receive(codec.decode_reply(self.decode(message.payload)))
+            self.receive(self._read(message.payload))
         except (PacketError, msgspec.DecodeError, UnicodeDecodeError):
             dropped.add(self.service, self.scheme, "no-packet")
 

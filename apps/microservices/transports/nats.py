@@ -63,6 +63,7 @@ class NatsServer(BrokerServer):
     def __init__(self, address: Address, dispatcher: Dispatcher) -> None:
         super().__init__(address, dispatcher)
         own = re.sub(r"\s", "-", self.group.format(dispatcher.service))
+        self._read = self.reader(read_json)
         self._queue: str = own if self.options.queue is UNSET else self.options.queue
         self._connection: NatsConnection | None = None
         self._leaving = False
@@ -125,7 +126,7 @@ class NatsServer(BrokerServer):
 
     def packet(self, message: Message) -> Packet:
         """Return what a message brings. Raises PacketError for what is no JSON."""
-        packet = read_json(self.decode(message.data))
+        packet = self._read(message.data)
         return with_trace(packet, message.headers) if message.head else packet
 
     def _groups(self, route: Route) -> list[tuple[Delivery | None, str]]:
@@ -161,9 +162,10 @@ class NatsServer(BrokerServer):
             return
         elif message.reply:
             answer = partial(self._answer, hearing.connection, message.reply)
-        self.handle(
+        task = self.dispatcher.dispatch(
             packet,
             answer,
+            transport=self.scheme,
             peer=self.url,
             channel=message.subject,
             delivery=delivery,
@@ -171,6 +173,8 @@ class NatsServer(BrokerServer):
             headers=message.headers if message.head else NO_HEADERS,
             native=message,
         )
+        if task is not None:
+            self.keep(task)
 
     def _answer(self, connection: NatsConnection, inbox: str, response: Response) -> Awaitable[None] | None:
         return connection.post(inbox, self.encode(response))
@@ -234,6 +238,7 @@ class NatsClient(ClientProxy):
 
     def __init__(self, address: Address, service: str) -> None:
         super().__init__(address, service)
+        self._read = self.reader(_read_reply)
         self._inbox = f"{self.options.inbox()}."
         self._connection: NatsConnection | None = None
         self._known: set[str] = set()
@@ -312,7 +317,7 @@ class NatsClient(ClientProxy):
             self.fail(id, Unavailable(f"Nobody listens for {self.service} on {self.address}."))
             return
         try:
-            reply = _read_reply(self.decode(message.data))
+            reply = self._read(message.data)
         except (PacketError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             dropped.add(self.service, self.scheme, "no-packet")
             text = f"{self.service} answered what is no JSON."

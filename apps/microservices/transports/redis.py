@@ -42,6 +42,7 @@ class RedisServer(BrokerServer):
     def __init__(self, address: Address, dispatcher: Dispatcher) -> None:
         super().__init__(address, dispatcher)
         self._connection: RespConnection | None = None
+        self._read = self.reader(read_packet)
         self._doors: dict[bytes, _Door] = {}
 
     async def subscribe(self) -> None:
@@ -87,10 +88,19 @@ class RedisServer(BrokerServer):
 
     def _take(self, connection: RespConnection, door: _Door, body: bytes) -> None:
         answer = _Answer(self, connection, door.reply)
-        packet = read_packet(self.decode(body))
-        task = self.handle(packet, answer, peer=self.url, channel=door.channel, route=door.route, native=connection)
+        packet = self._read(body)
+        # Not by `handle`: here one call more of Python is felt.
+        task = self.dispatcher.dispatch(
+            packet,
+            answer,
+            transport=self.scheme,
+            peer=self.url,
+            channel=door.channel,
+            route=door.route,
+            native=connection,
+        )
         if task is not None:
-            answer.task = task
+            answer.task = self.keep(task)
             task.add_done_callback(self._done)
             if self.full:
                 connection.hold()
@@ -145,6 +155,7 @@ class RedisClient(RedisProxy):
 
     def __init__(self, address: Address, service: str) -> None:
         super().__init__(address, service)
+        self._read = self.reader(codec.decode_reply)
         self._channels: dict[str, asyncio.Future[None]] = {}
 
     def publish(self, request: Request, context: RpcContext) -> None:
@@ -169,7 +180,7 @@ class RedisClient(RedisProxy):
         if push[0] != b"message":
             return
         try:
-            self.receive(codec.decode_reply(self.decode(push[2])))
+            self.receive(self._read(push[2]))
         except (PacketError, msgspec.DecodeError, UnicodeDecodeError):
             dropped.add(self.service, self.scheme, "no-packet")
 

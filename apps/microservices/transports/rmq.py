@@ -155,6 +155,7 @@ class RmqServer(AmqpServer):
     def __init__(self, address: Address, dispatcher: Dispatcher) -> None:
         super().__init__(address, dispatcher)
         self._names = _Names(self.options, dispatcher.service)
+        self._read = self.reader(read_packet)
         self._wildcards = bindings(dispatcher.routes if self.options.wildcards else {})
         self._holding: Connection | None = None
 
@@ -173,7 +174,7 @@ class RmqServer(AmqpServer):
 
     def _take(self, message: Message) -> None:
         headers = message.headers
-        packet = with_trace(read_packet(self.decode(message.body)), headers)
+        packet = with_trace(self._read(message.body), headers)
         answer: Replier = nobody
         if message.reply_to:
             answer = partial(self._answer, message)
@@ -244,6 +245,7 @@ class RmqClient(AmqpProxy):
     def __init__(self, address: Address, service: str) -> None:
         super().__init__(address, service)
         self._names = _Names(self.options, service)
+        self._read = self.reader(_read_reply)
         self._headers = _table(self.options.headers, "headers")
         try:
             # What a message begins with that is told nothing, and where its answer goes.
@@ -308,7 +310,7 @@ class RmqClient(AmqpProxy):
     def _answered(self, message: Message) -> None:
         id = long(message.correlation_id)
         try:
-            reply = _read_reply(self.decode(message.body))
+            reply = self._read(message.body)
         except (msgspec.DecodeError, UnicodeDecodeError):
             dropped.add(self.service, self.scheme, "no-packet")
             self.fail(id, RpcException({"statusCode": 502, "code": "no-packet", "message": "The answer is no JSON."}))

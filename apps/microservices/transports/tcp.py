@@ -55,7 +55,7 @@ class _ServerConnection(FramedConnection):
         self._server = server
         self._options = options
         self._max_in_flight = options.max_in_flight
-        self._decode = server.decode
+        self._read = server.reader(codec.decode_packet)
         self._dispatch = server.dispatcher.dispatch
         self._running = 0
         self._awaited: set[asyncio.Task[None]] = set()
@@ -112,7 +112,7 @@ class _ServerConnection(FramedConnection):
             self._half_frame.cancel()
             self._half_frame = None
         try:
-            packet = codec.decode_packet(self._decode(body))
+            packet = self._read(body)
         except PacketError:
             dropped.add(self._server.dispatcher.service, "tcp", "no-packet")
             return
@@ -258,7 +258,7 @@ class _ClientConnection(FramedConnection):
     def __init__(self, client: TcpClient) -> None:
         super().__init__(client.options.max_buffer_size, client.options.max_send_buffer_size, client.encode)
         self._client = client
-        self._decode = client.decode
+        self._read = client.reader(codec.decode_reply)
         self._why: Exception | None = None
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -267,7 +267,7 @@ class _ClientConnection(FramedConnection):
 
     def take(self, body: bytes) -> None:
         try:
-            reply = codec.decode_reply(self._decode(body))
+            reply = self._read(body)
         except (PacketError, msgspec.DecodeError, UnicodeDecodeError) as error:
             raise FrameError(f"Could not parse JSON: {error}") from error
         full = self._client.receive(reply)
