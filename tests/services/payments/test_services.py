@@ -189,6 +189,7 @@ def test_a_void_finds_the_money_of_a_lost_answer(authorize: Authorize, provider:
     assert found.state == "voided"
 
 
+@pytest.mark.slow
 def test_a_payment_that_is_voided_while_the_provider_works_holds_no_money(
     authorize: Authorize, told: Events, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -894,6 +894,7 @@ class TransportContract(EventContract, RequestContract):
         assert seen == answer
 
 
+@pytest.mark.slow
 class BrokerContract(Contract):
     """What a transport does when its broker goes and comes back; `broker` is one of the test's own.
 

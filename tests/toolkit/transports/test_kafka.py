@@ -39,6 +39,8 @@ from tests.toolkit.transports.contract import (
 )
 from tests.toolkit.transports.wire import Wire, listener, until
 
+pytestmark = pytest.mark.slow
+
 # Tansu looks again for news only when half of a fetch's time has gone by.
 COMMON = "fetch_wait=0.01"
 GROUP = "session_timeout=1"

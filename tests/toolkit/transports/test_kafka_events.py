@@ -21,6 +21,8 @@ from tests.toolkit.transports.test_kafka import foreign as foreign
 from tests.toolkit.transports.test_kafka import prefix as prefix
 from tests.toolkit.transports.test_kafka import url as url
 
+pytestmark = pytest.mark.slow
+
 
 class TestKafkaEvents(EventContract):
     roles = ("listener", "bus")

@@ -44,6 +44,8 @@ from tests.toolkit.transports.contract import (
 )
 from tests.toolkit.transports.wire import Wire, listener, until
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parents[3] / "docs" / "examples"
 
 

@@ -26,6 +26,8 @@ from tests.toolkit.transports.contract import PATIENCE, EventContract, echo, hea
 from tests.toolkit.transports.test_nats import calling, configured, serving
 from tests.toolkit.transports.wire import until
 
+pytestmark = pytest.mark.slow
+
 QUICK = "&retry_after=0.03&ack_wait=0.3"
 
 

@@ -29,6 +29,8 @@ from tests.toolkit.transports.contract import PATIENCE, EventContract, echo, hea
 from tests.toolkit.transports.test_rmq import die, eventually, joined, next_of, unique, waiting
 from tests.toolkit.transports.wire import until
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 
 
