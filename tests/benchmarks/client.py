@@ -59,8 +59,8 @@ async def make(client: Client, bus: Client, calls: int, facts: Facts) -> list[fl
 def _calling(client: Client, bus: Client, facts: Facts) -> Callable[[int], Awaitable[int]]:
     pattern = "sum" if facts.url.startswith("kafka") else {"cmd": "sum"}
 
-    async def send(number: int) -> int:
-        return await client.send(pattern, [number, 1, 2], timeout=PATIENCE)  # type: ignore[no-any-return]
+    def send(number: int) -> Awaitable[int]:
+        return client.send(pattern, [number, 1, 2], timeout=PATIENCE)
 
     async def emit(number: int) -> int:
         await bus.emit("noted", {"n": number})

@@ -511,11 +511,13 @@ class ClientProxy(Peer):
     def _usable(self, context: RpcContext) -> bool:
         """Return whether a call can be handed over at once. Raises RpcException where it cannot be at all."""
         context.check_deadline()
-        if self.status is Status.CLOSED:
-            raise Unavailable(f"The client of {self.service} is closed.", code="closed")
         if len(self._pending) >= self.max_pending:
             raise Unavailable(f"Too many calls to {self.service} wait for an answer.", code="overloaded")
-        return self.ready()
+        if self.ready():
+            return True
+        if self.status is Status.CLOSED:
+            raise Unavailable(f"The client of {self.service} is closed.", code="closed")
+        return False
 
     async def _until_ready(self, context: RpcContext) -> None:
         try:
