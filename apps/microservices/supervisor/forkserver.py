@@ -15,6 +15,7 @@ import select
 import signal
 import socket
 import sys
+from contextlib import suppress
 from typing import Any
 
 LARGEST, MOST_DESCRIPTORS = 256 * 1024, 250
@@ -54,7 +55,10 @@ def serve(channel: socket.socket) -> tuple[dict[str, Any], list[int]]:
                 code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
                 _tell(channel, ended=pid, code=code)
                 continue
-            message, descriptors, *_ = socket.recv_fds(channel, LARGEST, MOST_DESCRIPTORS)
+            try:
+                message, descriptors, *_ = socket.recv_fds(channel, LARGEST, MOST_DESCRIPTORS)
+            except ConnectionResetError:  # it has gone without reading all that it was told
+                message = b""
             if not message:  # nobody is left to watch them: they drain
                 for pid in children.values():
                     os.kill(pid, signal.SIGTERM)
@@ -95,7 +99,8 @@ def become(request: dict[str, Any], descriptors: list[int]) -> None:
 
 
 def _tell(channel: socket.socket, **facts: Any) -> None:
-    channel.send(json.dumps(facts).encode())
+    with suppress(OSError):  # the supervisor is gone: the next look at the channel says so, and what then
+        channel.send(json.dumps(facts).encode())
 
 
 def _open_descriptors() -> set[str]:

@@ -116,6 +116,17 @@ class Process:
             self.show(line.decode(errors="replace").rstrip())
 
 
+async def start_all(processes: Sequence[Process]) -> None:
+    """Start processes at the same time; where one fails, no other is started behind its back. Raises StartFailed."""
+    starting = [asyncio.create_task(process.start()) for process in processes]
+    try:
+        await asyncio.gather(*starting)
+    finally:
+        for task in starting:
+            task.cancel()
+        await asyncio.gather(*starting, return_exceptions=True)
+
+
 class Supervisor:
     """Processes under one owner: started together, kept running, told to drain by a signal."""
 
@@ -126,7 +137,7 @@ class Supervisor:
 
     async def start(self) -> None:
         """Start all of them. Raises StartFailed."""
-        await asyncio.gather(*(process.start() for process in self.processes))
+        await start_all(self.processes)
 
     async def stop(self) -> list[int]:
         """Let all of them drain; return their exit codes."""

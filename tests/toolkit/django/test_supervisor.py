@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -15,9 +16,10 @@ import pytest
 
 from microservices import ConfigurationError, event_pattern, message_pattern
 from microservices.management import memory
+from microservices.supervisor import forkserver
 from microservices.supervisor import process as processes
-from microservices.supervisor.children import Child, Launcher, modules, subprocess
-from microservices.supervisor.process import Process, StartFailed
+from microservices.supervisor.children import Child, Launcher, _pipe, modules, subprocess
+from microservices.supervisor.process import Process, StartFailed, Supervisor
 from microservices.supervisor.workers import hold
 from microservices.transports import sockets
 from tests.toolkit.django.conftest import until
@@ -230,6 +232,60 @@ async def test_where_no_fork_server_comes_up_processes_are_started_without(
     assert "each process imports everything for itself" in caplog.text
     assert "an import has started 1 threads" in capfd.readouterr().err
     await launcher.close()
+
+
+@pytest.mark.slow
+async def test_a_fork_server_whose_supervisor_is_gone_leaves_nobody_behind(tmp_path: Path) -> None:
+    path = tmp_path / "wait.py"
+    path.write_text("import time\nprint('up', flush=True)\ntime.sleep(60)\n", encoding="utf-8")
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        command = [sys.executable, "-P", forkserver.__file__, str(theirs.fileno())]
+        server = await asyncio.create_subprocess_exec(*command, pass_fds=[theirs.fileno()])
+    ours.send(b"[]")
+    assert await asyncio.to_thread(ours.recv, 100)
+    said, (write,) = await _pipe()
+    request = json.dumps({"argv": [str(path)], "env": {}, "output": True, "sockets": [], "variable": ""}).encode()
+
+    socket.send_fds(ours, [request], [write])
+    assert await said.readline() == b"up\n"
+    # It goes without a look at what it was told, and what it asked for last is still to be done.
+    server.send_signal(signal.SIGSTOP)
+    socket.send_fds(ours, [request], [write])
+    ours.close()
+    os.close(write)
+    server.send_signal(signal.SIGCONT)
+
+    async with asyncio.timeout(20):
+        await said.read()  # to the end: nobody holds the other end any more
+        assert await server.wait() == 0
+
+
+async def test_where_one_cannot_be_started_the_others_are_not_started_behind_the_owners_back() -> None:
+    notes: list[str] = []
+
+    class Failing(Process):
+        async def launch(self) -> Child:
+            raise OSError("no more")
+
+    class Slow(Process):
+        async def launch(self) -> Child:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                notes.append("not started")
+            raise AssertionError
+
+        async def stop(self, grace: float) -> int:
+            notes.append("stopped")
+            return await super().stop(grace)
+
+    supervisor = Supervisor([Failing("one"), Slow("other")], 0, notes.append)
+
+    with pytest.raises(StartFailed, match="one could not be started: no more"):
+        await supervisor.run()
+
+    assert notes == ["not started", "stopped"]
 
 
 async def test_no_app_is_preloaded_and_nothing_of_the_project() -> None:

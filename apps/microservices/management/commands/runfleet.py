@@ -20,7 +20,7 @@ from django.db import connections
 
 from ...conf import get_settings
 from ...supervisor.children import Child, Launcher, subprocess
-from ...supervisor.process import Process, StartFailed, Supervisor
+from ...supervisor.process import Process, StartFailed, Supervisor, start_all
 from ...transports import parse
 from .. import memory, ports, valkey
 
@@ -148,7 +148,7 @@ class Fleet(Supervisor):
         """Start all of them and tell. Raises StartFailed."""
         started = time.monotonic()
         await asyncio.gather(self._launcher.prepare(), *([self._bus.start()] if self._bus is not None else []))
-        await asyncio.gather(*(service.start() for service in self._services))
+        await start_all(self._services)
         self._print_table(time.monotonic() - started)
 
     async def stop(self) -> list[int]:
