@@ -46,7 +46,8 @@ def test_entries_of_one_tick_share_a_timer() -> None:
             timers.append(delay)
 
     deadlines = Deadlines[int](Loop(), print)  # type: ignore[arg-type]
-    deadline = (int(time.monotonic() / TICK) + 100) * TICK
+    # Not on the border of a tick: a float may lie on either side of it.
+    deadline = (int(time.monotonic() / TICK) + 100.25) * TICK
 
     for number in range(50):
         deadlines.add(deadline + TICK / 100 * number, number)
