@@ -32,6 +32,23 @@ RPCS = {
     },
 }
 
+# What a repeated call would do, as the handlers say it, for callers in other processes, which cannot see them.
+RETRY: dict[str, dict[str, str]] = {
+    "users": {
+        **dict.fromkeys(("get_user", "get_users", "get_users_by_ids"), "safe"),
+        **dict.fromkeys(("create_user", "update_user", "delete_user"), "keyed"),
+    },
+    "orders": {
+        **dict.fromkeys(("get_order", "get_orders", "get_product", "get_products"), "safe"),
+        "cancel_order": "keyed",
+    },
+    "payments": {
+        **dict.fromkeys(("get_payment", "get_payment_by_key", "get_payments"), "safe"),
+        **dict.fromkeys(("authorize_payment", "capture_payment", "void_payment", "refund_payment"), "keyed"),
+    },
+    "notifications": dict.fromkeys(("get_notifications", "mark_read"), "safe"),
+}
+
 SERVICES: dict[str, Place] = {
     "users": {"url": "tcp://127.0.0.1:3001", "grpc": 5000, "health": 9001},
     "orders": {"url": "tcp://127.0.0.1:3002", "grpc": 5001, "health": 9002},

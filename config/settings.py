@@ -75,6 +75,11 @@ def grpc_url(name: str) -> str:
     return url.strip()
 
 
+def patterns(name: str) -> dict[str, dict[str, str]]:
+    """Return the policies of single patterns of a service."""
+    return {pattern: {"retry": retry} for pattern, retry in fleet.RETRY[name].items()}
+
+
 def served_at(url: str) -> str:
     """Return a gRPC URL as its server takes it: in development it also tells what it can."""
     return f"{url}?reflection=true" if url.startswith("grpc") and DEBUG and "?" not in url else url
@@ -93,7 +98,9 @@ PLACES = {name: place(name) for name in fleet.SERVICES}
 
 MICROSERVICES = {
     "NAME": HERE[0] if len(HERE) == 1 else "shop",
-    "CLIENTS": {name: {**PLACES[name], "rpcs": fleet.RPCS.get(name, {})} for name in PLACES},
+    "CLIENTS": {
+        name: {**PLACES[name], "rpcs": fleet.RPCS.get(name, {}), "patterns": patterns(name)} for name in PLACES
+    },
     "SERVERS": {
         name: {**PLACES[name], "url": served_at(PLACES[name]["url"]), "grpc": served_at(PLACES[name]["grpc"])}
         for name in SERVICES
@@ -106,7 +113,11 @@ MICROSERVICES = {
     "EVENTS_URL": env.str("EVENTS_URL", default=REDIS_URL.replace("://", "-streams://", 1) or "memory://"),
     "CALL_TIMEOUT": number("CALL_TIMEOUT", 5.0),
     "DRAIN_TIMEOUT": number("DRAIN_TIMEOUT", 30.0),
+    "DRAIN_PAUSE": number("DRAIN_PAUSE", 0.0 if DEBUG else 5.0),
+    "INSECURE_DOORS": env.bool("INSECURE_DOORS", default=False),
+    "INSECURE_BROKERS": env.bool("INSECURE_BROKERS", default=False),
     "HEARTBEAT": number("HEARTBEAT", 5.0),
+    "TRACEBACKS": DEBUG,
     "INSTANCE": env.str("INSTANCE", default="").strip(),
     "ZONE": env.str("ZONE", default="").strip(),
     "ADVERTISE_HOST": env.str("ADVERTISE_HOST", default="").strip(),

@@ -21,6 +21,7 @@ from .executor import wait_for
 from .microservice import get_microservice, services_here
 from .middleware import Endpoint, Middleware, chain
 from .packets import route
+from .resilience.policies import Guard, Plan
 from .stubs import GrpcServices
 from .transports.base import ClientProxy, Status
 from .transports.local import LocalClient, MemoryBus
@@ -40,9 +41,17 @@ class _Bound(NamedTuple):
 
     loop: Loop
     proxy: ClientProxy
-    send: Endpoint
+    guard: Guard | None
+    ways: dict[str, _Way]
     stream: Endpoint
     emit: Endpoint
+
+
+class _Way(NamedTuple):
+    """How the requests of one pattern are made, and how many seconds they have."""
+
+    send: Endpoint
+    seconds: float
 
 
 class Client:
@@ -56,6 +65,8 @@ class Client:
         source: str = "",
         timeout: float = 5.0,
         middlewares: Sequence[Middleware] = (),
+        plan: Plan | None = None,
+        load: Callable[[str], Any] = load,
         run: Callable[[Coroutine[Any, Any, Any]], Future[Any]] | None = None,
     ) -> None:
         self.service = service
@@ -64,6 +75,8 @@ class Client:
         self._connect = connect
         self._source = source
         self._middlewares = middlewares
+        self._plan = plan
+        self._load = load
         self._per_loop: WeakKeyDictionary[Loop, _Bound] = WeakKeyDictionary()
         self._latest: _Bound | None = None
         # Routes by the pattern's JSON. Bounded: a caller may build patterns from data.
@@ -113,8 +126,9 @@ class Client:
         bound = self._bound()
         decode = self._decoder(returns)
         context = self._context(bound.proxy, pattern, metadata, options)
-        context.cap_deadline(self.seconds(timeout))
-        result = await bound.send(data, context)
+        way = bound.ways.get(context.pattern) or self._way(bound, context.pattern)
+        context.cap_deadline(way.seconds if timeout is None else timeout)
+        result = await way.send(data, context)
         return None if result is None else decode(result)
 
     async def stream(
@@ -154,9 +168,14 @@ class Client:
         context.cap_deadline(self.seconds(timeout))
         await bound.emit(data, context)
 
-    def seconds(self, timeout: float | None) -> float:
-        """Return how many seconds a call with this `timeout` may take."""
-        return self.timeout if timeout is None else timeout
+    def seconds(self, timeout: float | None, pattern: Any = None) -> float:
+        """Return how many seconds a call with this `timeout` may take, or a request of this pattern."""
+        if timeout is not None:
+            return timeout
+        if pattern is None or self._plan is None:
+            return self.timeout
+        written = codec.encode(pattern)
+        return self._deadline(self._routes.get(written) or self._route(pattern, written))
 
     @property
     def status(self) -> Status:
@@ -186,10 +205,23 @@ class Client:
             async def stream(data: Any, context: RpcContext) -> AsyncIterator[Raw]:
                 return proxy.stream(data, context)
 
-            send, stream_, emit = (chain(verb, self._middlewares) for verb in (proxy.send, stream, proxy.emit))
-            bound = self._per_loop[loop] = _Bound(loop, proxy, send, stream_, emit)
+            stream_, emit = (chain(verb, self._middlewares) for verb in (stream, proxy.emit))
+            # One for each loop: its queues hold futures.
+            guard = None if self._plan is None else Guard(self._plan, source=self._source, load=self._load)
+            bound = self._per_loop[loop] = _Bound(loop, proxy, guard, {}, stream_, emit)
         self._latest = bound
         return bound
+
+    def _way(self, bound: _Bound, route: str) -> _Way:
+        policies = [] if bound.guard is None else bound.guard.chain(route)
+        send = chain(bound.proxy.send, [*self._middlewares, *policies])
+        way = _Way(send, self._deadline(route))
+        if len(bound.ways) < _MAX_KNOWN:
+            bound.ways[route] = way
+        return way
+
+    def _deadline(self, route: str) -> float:
+        return (self._plan.of(route).deadline if self._plan else 0) or self.timeout
 
     def _context(self, proxy: ClientProxy, pattern: Any, metadata: Metadata, options: Options) -> RpcContext:
         written = codec.encode(pattern)
@@ -253,28 +285,31 @@ class SyncClient:
 
     def send(self, pattern: Any, data: Any = None, *, timeout: float | None = None, **options: Any) -> Any:
         """Do what `Client.send` does and wait for it."""
-        return self._wait(self._client.send(pattern, data, timeout=timeout, **options), timeout)
+        seconds = self._client.seconds(timeout, pattern)
+        return self._wait(self._client.send(pattern, data, timeout=seconds, **options), seconds)
 
     def stream(self, pattern: Any, data: Any = None, *, timeout: float | None = None, **options: Any) -> Iterator[Any]:
         """Do what `Client.stream` does, one value at a time."""
-        values = self._client.stream(pattern, data, timeout=timeout, **options)
+        seconds = self._client.seconds(timeout)
+        values = self._client.stream(pattern, data, timeout=seconds, **options)
         try:
             while True:
                 try:
-                    value = self._wait(anext(values), timeout)
+                    value = self._wait(anext(values), seconds)
                 except StopAsyncIteration:
                     return
                 yield value
         finally:
-            self._wait(values.aclose(), timeout)
+            self._wait(values.aclose(), seconds)
 
     def emit(self, pattern: Any, data: Any = None, *, timeout: float | None = None, **options: Any) -> None:
         """Do what `Client.emit` does and wait for it."""
-        self._wait(self._client.emit(pattern, data, timeout=timeout, **options), timeout)
+        seconds = self._client.seconds(timeout)
+        self._wait(self._client.emit(pattern, data, timeout=seconds, **options), seconds)
 
-    def _wait(self, work: Any, timeout: float | None) -> Any:
+    def _wait(self, work: Any, seconds: float) -> Any:
         # The call keeps its own deadline; this one only guards against a loop that has stopped.
-        return wait_for(lambda: self._run(work), self._client.seconds(timeout) + _GRACE)
+        return wait_for(lambda: self._run(work), seconds + _GRACE)
 
 
 class Clients:
@@ -351,6 +386,7 @@ class Clients:
             source=settings.name,
             timeout=settings.call_timeout,
             middlewares=[load(path) for path in settings.client_middleware],
+            plan=None if service == EVENTS else conf.plan(service),
             run=self.run,
         )
 

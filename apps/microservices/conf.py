@@ -15,6 +15,8 @@ from django.utils.module_loading import import_string
 
 from . import transports
 from .exceptions import ConfigurationError
+from .handlers import Retry, registry
+from .resilience.policies import Plan
 from .transports import Address, Seconds, Transport
 
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
@@ -34,6 +36,12 @@ class Service(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What its transport is told at `url`, beside the URL's own query."""
     rpcs: dict[str, str] = {}
     """The RPC of each pattern that is called by gRPC: `{"get_user": "UsersService/FindOne"}`."""
+    policies: dict[str, Any] = {}
+    """What stands around calls to it, where not as POLICIES says: see docs/resilience.md."""
+    patterns: dict[str, dict[str, Any]] = {}
+    """The same for single patterns, by name: `{"get_user": {"retry": "safe", "cache": 5}}`."""
+    allow: dict[str, list[str]] = {}
+    """Who may call a pattern, where not everybody may: networks, or `cert:` names of client certificates."""
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="upper"):
@@ -58,7 +66,17 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="
     payload_kinds: list[str] = msgspec.field(default_factory=lambda: ["microservices.payloads.SerializerPayload"])
     """What payloads may be beside what msgspec knows: dotted paths of `codec.PayloadKind` classes."""
     call_timeout: Seconds = 5.0
+    policies: dict[str, Any] = {}
+    """What stands around all calls: see docs/resilience.md."""
     drain_timeout: Seconds = 30.0
+    drain_pause: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    """How long a process that stops goes on taking calls, for routers to learn of it; part of DRAIN_TIMEOUT."""
+    server_limit: Annotated[int, msgspec.Meta(ge=0)] = 200
+    """The most requests that a service works on at a time; how many it takes on, it learns. 0 for any number."""
+    insecure_doors: bool = False
+    """Whether others may call this process without TLS, with DEBUG off."""
+    insecure_brokers: bool = False
+    """Whether brokers elsewhere may be used without a password, with DEBUG off."""
     heartbeat: Annotated[float, msgspec.Meta(ge=0)] = 5.0
     """How often this process tells that it is up; 0 for never."""
     instance: str = ""
@@ -74,6 +92,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="
     """Where a process that only serves gRPC serves all services at once."""
     threads: Annotated[int, msgspec.Meta(ge=1)] = 16
     """How many `def` handlers run at a time."""
+    tracebacks: bool = False
+    """Whether a caller is told where a handler failed unexpectedly; for development."""
     server_middleware: list[str] = []
     client_middleware: list[str] = []
     units_of_work: list[str] = msgspec.field(default_factory=lambda: ["microservices.db.fresh_connections"])
@@ -95,7 +115,28 @@ def get_settings() -> Settings:
     except msgspec.ValidationError as error:
         raise ConfigurationError(f"MICROSERVICES: {error}") from error
     transports.declare(found.transports)
+    for name in found.clients:
+        _plan(found, name)
     return found
+
+
+def plan(service: str) -> Plan:
+    """Return the policies around the calls to a service. Raises ConfigurationError."""
+    return _plan(get_settings(), service)
+
+
+def _plan(settings: Settings, service: str) -> Plan:
+    place = settings.clients[service]
+    declared: dict[str, Retry] = {}
+
+    def kind(route: str) -> Retry | None:
+        # Of a service that lives here; once all handlers are known.
+        if not declared:
+            doors = (door for handler in registry.of(service) for door in handler.doors)
+            declared.update((door.route, door.retry) for door in doors if door.kind != "event")
+        return declared.get(route)
+
+    return Plan(service, {**settings.policies, **place.policies}, place.patterns, kind)
 
 
 def address(url: str, options: Mapping[str, Any] = NO_OPTIONS, *, rpcs: Mapping[str, str] = NO_OPTIONS) -> Address:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextvars import Context
 from functools import partial
@@ -14,7 +15,7 @@ from msgspec import UNSET, Raw, UnsetType
 
 from .context import NO_HEADERS, RpcContext, current, deadline_on_wire, given_up
 from .deadlines import Deadlines
-from .exceptions import INTERNAL, DeadlineExceeded, NoHandler, RpcException
+from .exceptions import INTERNAL, TRACEBACK, DeadlineExceeded, NoHandler, RpcException
 from .executor import Executor, Lender, lender
 from .handlers import Colour, Delivery, Door, Handler
 from .instruments import dropped
@@ -29,6 +30,7 @@ Replier = Callable[[Response], Awaitable[None] | None]
 MAX_SPELLINGS = 4096
 MAX_SPELLING = 256
 _STREAM_TURN = 64
+_MAX_TRACEBACK = 8192
 
 
 # What a call is given in place of a context that nobody would look at.
@@ -65,9 +67,16 @@ class Dispatcher:
     """Finds and runs the handlers of one service."""
 
     def __init__(
-        self, service: str, handlers: Iterable[Handler], executor: Executor, middlewares: Sequence[Middleware] = ()
+        self,
+        service: str,
+        handlers: Iterable[Handler],
+        executor: Executor,
+        middlewares: Sequence[Middleware] = (),
+        *,
+        tracebacks: bool = False,
     ) -> None:
         self.service = service
+        self._tracebacks = tracebacks
         self.handlers = tuple(handlers)
         self._executor = executor
         self._deadlines: Deadlines[asyncio.Task[Any] | None] | None = None
@@ -231,7 +240,10 @@ class Dispatcher:
         if isinstance(error, RpcException):
             return Response(err=error.to_wire(), is_disposed=True, id=id)
         logger.error("%s %s failed", self.service, pattern, exc_info=error)
-        return Response(err={"status": "error", "message": INTERNAL}, is_disposed=True, id=id)
+        err = {"status": "error", "message": INTERNAL}
+        if self._tracebacks:
+            err[TRACEBACK] = "".join(traceback.format_exception(error))[-_MAX_TRACEBACK:]
+        return Response(err=err, is_disposed=True, id=id)
 
     # Events
 

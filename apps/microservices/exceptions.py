@@ -17,12 +17,15 @@ raises reaches the caller as "Internal server error" and the log with its traceb
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 NO_HANDLER = "There is no matching message handler defined in the remote service."
 INTERNAL = "Internal server error"
 FORBIDDEN = "Forbidden resource"
+TRACEBACK = "traceback"
+"""Where a service in development tells a caller what went wrong in it."""
 
 
 class MicroserviceError(Exception):
@@ -61,6 +64,10 @@ class RpcException(MicroserviceError):
             return NoHandler()
         if isinstance(err, Mapping) and err.get("status") == "error" and set(err) == {"status", "message"}:
             return RpcException(err["message"])
+        if isinstance(err, Mapping) and isinstance(err.get(TRACEBACK), str):
+            error = cls.from_wire({key: value for key, value in err.items() if key != TRACEBACK})
+            error.add_note(f"In the service:\n{err[TRACEBACK]}")
+            return error
         error = RpcException(err)
         # Which side notices first that the time is over must make no difference to the caller.
         return DeadlineExceeded(error.message) if error.code == DeadlineExceeded.code else error
@@ -117,6 +124,14 @@ class RpcException(MicroserviceError):
     def retryable(self) -> bool:
         """Whether the same call may succeed later."""
         return self.status_code in (429, 503, 504)
+
+    @property
+    def retry_after(self) -> int | None:
+        """After how many seconds it may, where that is known: what the peer named (`retryAfter`), 1 for a 503."""
+        told = self.error.get("retryAfter") if isinstance(self.error, Mapping) else None
+        if isinstance(told, int | float) and not isinstance(told, bool) and 0 <= told < 2**31:
+            return math.ceil(told)
+        return 1 if self.status_code == 503 else None
 
 
 _CODES = {400: "invalid", 401: "unauthenticated", 403: "forbidden", 404: "not-found", 409: "conflict", 429: "quota"}

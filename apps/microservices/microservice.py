@@ -15,6 +15,8 @@ from .exceptions import ConfigurationError
 from .executor import Executor
 from .handlers import registry
 from .mailbox import Mailbox
+from .middleware import Middleware
+from .resilience.limiter import Gradient, Limiter
 from .transports import Address, Role
 from .transports.base import Server
 
@@ -148,8 +150,11 @@ def get_microservice(name: str) -> Microservice:
     if name not in services_here():
         here = ", ".join(settings.servers) or "none"
         raise ConfigurationError(f"The service {name!r} does not live in this process (here: {here}).")
-    middlewares = [load(path) for path in settings.server_middleware]
-    dispatcher = Dispatcher(name, registry.of(name), get_executor(), middlewares)
+    middlewares: list[Middleware] = [load(path) for path in settings.server_middleware]
+    if settings.server_limit:
+        # The innermost: what is refused is seen by the others, too.
+        middlewares.append(Limiter(name, Gradient(most=settings.server_limit)))
+    dispatcher = Dispatcher(name, registry.of(name), get_executor(), middlewares, tracebacks=settings.tracebacks)
     place = settings.servers.get(name)
 
     def address(url: str) -> Address:

@@ -198,7 +198,7 @@ def _rpc_problem(error: RpcException, path: str, service: str | None) -> dict[st
         errors=error.errors,
         service=service,
         retryable=error.retryable,
-        retry_after=1 if status == HTTPStatus.SERVICE_UNAVAILABLE else None,
+        retry_after=error.retry_after,
     )
 
 

@@ -11,7 +11,8 @@ from msgspec import UNSET, Raw
 from microservices.context import RpcContext, current
 from microservices.dispatcher import MAX_SPELLINGS, Dispatcher
 from microservices.exceptions import RpcException
-from microservices.handlers import event_pattern, message_pattern
+from microservices.executor import Executor
+from microservices.handlers import Handler, event_pattern, message_pattern
 from microservices.middleware import Call, Endpoint
 from microservices.packets import Packet
 from tests.toolkit.conftest import Answers, Recorder, packet, service, settled
@@ -547,3 +548,19 @@ async def test_an_answer_that_cannot_be_given_at_all_hurts_nobody_else(
     await settled(service(inline, task).dispatch(packet(pattern, 1), reply, transport="test", peer=""))
 
     assert "could not be answered" in caplog.text
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("tracebacks", [False, True])
+async def test_where_a_handler_failed_is_told_in_development_alone(tracebacks: bool) -> None:
+    @message_pattern("ask", inline=True)
+    def ask() -> None:
+        raise ValueError("a bug")
+
+    replies: list[Any] = []
+    dispatcher = Dispatcher("shop", [Handler(ask)], Executor(1), tracebacks=tracebacks)
+    dispatcher.dispatch(packet("ask"), replies.append, transport="test", peer="")
+
+    assert ("traceback" in replies[0].err) is tracebacks
+    assert "a bug" not in replies[0].err["message"]
+    assert not tracebacks or "ValueError: a bug" in replies[0].err["traceback"]

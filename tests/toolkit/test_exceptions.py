@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from microservices.exceptions import (
+    INTERNAL,
     ConnectionLost,
     DeadlineExceeded,
     FrameError,
@@ -154,3 +155,28 @@ def test_the_tree_of_errors_is_the_one_that_the_module_draws() -> None:
     }
 
     assert {error: error.__base__ for error in tree} == tree
+
+
+def test_a_traceback_of_a_service_in_development_is_a_note_and_changes_nothing_else() -> None:
+    error = RpcException.from_wire({"status": "error", "message": INTERNAL, "traceback": "ValueError: a bug"})
+
+    assert (error.error, error.code) == (INTERNAL, "internal")
+    assert error.__notes__ == ["In the service:\nValueError: a bug"]
+
+
+@pytest.mark.parametrize(
+    ("error", "seconds"),
+    [
+        ({"statusCode": 503}, 1),
+        ({"statusCode": 503, "retryAfter": 2.5}, 3),
+        ({"statusCode": 429, "retryAfter": 7}, 7),
+        ({"statusCode": 429}, None),
+        ({"statusCode": 404}, None),
+        ({"statusCode": 503, "retryAfter": -1}, 1),
+        ({"statusCode": 503, "retryAfter": "soon"}, 1),
+        ({"statusCode": 503, "retryAfter": float("nan")}, 1),
+        ("text", None),
+    ],
+)
+def test_an_error_may_say_when_the_same_call_may_succeed(error: Any, seconds: int | None) -> None:
+    assert RpcException(error).retry_after == seconds

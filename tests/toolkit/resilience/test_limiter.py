@@ -1,0 +1,159 @@
+"""A service takes on as much as it does without becoming slower, and the urgent first."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from microservices.context import RpcContext
+from microservices.exceptions import RpcException
+from microservices.instruments import dropped
+from microservices.resilience.limiter import Gradient, Limiter
+from tests.toolkit.conftest import context
+from tests.toolkit.resilience.conftest import Clock, Service
+
+
+async def turn(times: int = 3) -> None:
+    for _ in range(times):
+        await asyncio.sleep(0)
+
+
+def call(**facts: Any) -> RpcContext:
+    """Make the context of a request."""
+    return context(raw_id="1", **facts)
+
+
+def urgent(priority: str) -> RpcContext:
+    return call(metadata={"priority": priority})
+
+
+@pytest.mark.asyncio
+async def test_a_bounded_number_waits_and_the_rest_is_told_when_to_come_again() -> None:
+    shop = Service(["answer"])
+    shop.gate = asyncio.Event()
+    limiter = Limiter("full", Gradient(2), 2)
+    endpoint = limiter(shop)
+    calls = [asyncio.create_task(endpoint(number, call())) for number in range(5)]
+    await turn()
+
+    with pytest.raises(RpcException) as refused:
+        await calls[4]
+    assert (refused.value.status_code, refused.value.code) == (503, "overloaded")
+    assert refused.value.error["retryAfter"] == 1
+    assert (limiter.in_flight, limiter.waiting, limiter.refused) == (2, 2, 1)
+    assert dropped.value("full", "limiter", "interactive") == 1
+
+    shop.gate.set()
+    assert await asyncio.gather(*calls[:4]) == ["answer"] * 4
+    assert (limiter.in_flight, limiter.waiting) == (0, 0)
+
+
+@pytest.mark.asyncio
+async def test_what_is_more_urgent_goes_first_and_takes_the_place_of_what_is_less() -> None:
+    shop = Service(["answer"])
+    shop.gate = asyncio.Event()
+    endpoint = Limiter("shop", Gradient(2), 2)(shop)
+    asked = ["batch", "batch", "batch", "background", "interactive", "nonsense"]
+    calls = [asyncio.create_task(endpoint(name, urgent(name))) for name in asked]
+    await turn()
+    shop.gate.set()
+
+    results = await asyncio.gather(*calls, return_exceptions=True)
+
+    # Two ran at once. Two of those that waited, the batch and the background, made room.
+    assert [data for data, _ in shop.calls] == ["batch", "batch", "interactive", "nonsense"]
+    assert [isinstance(result, RpcException) for result in results] == [False, False, True, True, False, False]
+
+
+@pytest.mark.asyncio
+async def test_who_gives_up_waiting_leaves_no_gap() -> None:
+    shop = Service(["answer"])
+    shop.gate = asyncio.Event()
+    limiter = Limiter("shop", Gradient(1))
+    first, second = (asyncio.create_task(limiter(shop)(number, call())) for number in range(2))
+    await turn()
+
+    second.cancel()
+    await turn()
+    assert limiter.waiting == 0
+    third = asyncio.create_task(limiter(shop)(2, call()))
+    await turn()
+    shop.gate.set()
+    await first
+    third.cancel()  # its place was given to it in this moment
+    await turn()
+
+    assert limiter.in_flight == 0
+    assert await limiter(shop)(3, call()) == "answer"
+
+
+@pytest.mark.asyncio
+async def test_events_are_not_refused() -> None:
+    shop = Service(["answer"])
+    shop.gate = asyncio.Event()
+    limiter = Limiter("shop", Gradient(1), 0)
+    heard = [asyncio.create_task(limiter(shop)(number, context())) for number in range(5)]
+    await turn()
+
+    assert shop.under_way == 5
+    shop.gate.set()
+    await asyncio.gather(*heard)
+
+
+def test_inline_handlers_are_left_where_they_are() -> None:
+    def inline(data: Any, context: Any) -> None: ...
+
+    assert Limiter("shop").in_place(inline) is inline
+
+
+def test_a_limit_grows_while_calls_take_as_long_as_ever() -> None:
+    limit = Gradient(20, most=200)
+
+    for _ in range(3000):
+        limit.add(0.02, limit.value)
+
+    assert limit.value == 200
+
+
+def test_a_limit_that_is_not_used_proves_nothing() -> None:
+    limit = Gradient(20)
+
+    for _ in range(3000):
+        limit.add(0.02, 3)
+
+    assert limit.value == 20
+
+
+def test_a_limit_shrinks_as_calls_take_longer_and_grows_again_when_they_do_not() -> None:
+    limit = Gradient(100, least=4)
+    for _ in range(100):
+        limit.add(0.02, 100)
+    before = limit.value
+
+    for _ in range(100):
+        limit.add(0.2, limit.value)
+    slow = limit.value
+    for _ in range(1000):
+        limit.add(0.02, limit.value)
+
+    assert slow < before / 2
+    assert limit.value > before / 2
+
+
+@pytest.mark.asyncio
+async def test_times_are_those_of_the_handler_not_of_the_queue() -> None:
+    clock = Clock()
+    seen: list[float] = []
+    limit = Gradient(1)
+    limit.add = lambda seconds, in_flight: seen.append(seconds)  # type: ignore[method-assign]
+
+    async def work(data: float, context: Any) -> None:
+        clock.now += data
+        await asyncio.sleep(0)
+
+    endpoint = Limiter("shop", limit, clock=clock)(work)
+    await asyncio.gather(endpoint(1.0, call()), endpoint(2.0, call()))
+
+    assert seen == [1.0, 2.0]
