@@ -18,6 +18,7 @@ from .conf import get_settings, load
 from .context import RpcContext, current
 from .exceptions import ConfigurationError, InvalidPayload, RpcException
 from .executor import wait_for
+from .instruments import Bound
 from .microservice import get_microservice, services_here
 from .middleware import Endpoint, Middleware, chain
 from .packets import route
@@ -176,6 +177,18 @@ class Client:
             return self.timeout
         written = codec.encode(pattern)
         return self._deadline(self._routes.get(written) or self._route(pattern, written))
+
+    @property
+    def guard(self) -> Guard | None:
+        """The policies at work on the running loop."""
+        return self._bound().guard
+
+    @property
+    def bounds(self) -> list[Bound]:
+        """How full is what stands between callers on the running loop and the service."""
+        bound = self._bound()
+        bulkhead = None if bound.guard is None else bound.guard.bulkhead
+        return [*bound.proxy.bounds, *(() if bulkhead is None else bulkhead.bounds)]
 
     @property
     def status(self) -> Status:
@@ -344,13 +357,19 @@ class Clients:
         """The event bus: an event goes to every service that hears it."""
         return self[EVENTS]
 
+    @property
+    def used(self) -> dict[str, Client]:
+        """The clients that have been asked for, by a name of their own: "users", "users-grpc"."""
+        grpc = {f"{service}-grpc": services.client for service, services in self._grpc.items()}
+        return {**self._clients, **grpc}
+
     def settle(self, loop: Loop | None) -> None:
         """Make `loop` the one that threads submit their calls to; None for one in the background."""
         self._home = loop
 
     async def close(self) -> None:
         """Close all connections of the running loop."""
-        for client in [*self._clients.values(), *(services.client for services in self._grpc.values())]:
+        for client in self.used.values():
             await client.close()
 
     def reset(self) -> None:

@@ -73,6 +73,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="
     """How long a process that stops goes on taking calls, for routers to learn of it; part of DRAIN_TIMEOUT."""
     server_limit: Annotated[int, msgspec.Meta(ge=0)] = 200
     """The most requests that a service works on at a time; how many it takes on, it learns. 0 for any number."""
+    http_limit: Annotated[int, msgspec.Meta(ge=0)] = 200
+    """How many HTTP requests a process works on at a time, as many more waiting; 0 for any number."""
+    socket_limit: Annotated[int, msgspec.Meta(ge=0)] = 1000
+    """How many WebSockets a process has at a time; 0 for any number."""
     insecure_doors: bool = False
     """Whether others may call this process without TLS, with DEBUG off."""
     insecure_brokers: bool = False

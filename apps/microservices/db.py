@@ -1,4 +1,4 @@
-"""The Django database side: which alias a service uses, and connections that are alive."""
+"""The Django database side: which alias a service uses, connections that are alive, commits that come in time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from msgspec import Raw
 
 from . import codec
 from .client import clients
-from .context import RpcContext, beyond_deadline
+from .context import RpcContext, beyond_deadline, current
+from .exceptions import DeadlineExceeded
 
 
 class ServiceRouter:
@@ -45,16 +46,21 @@ class ServiceRouter:
 
 @contextmanager
 def fresh_connections(context: RpcContext) -> Iterator[None]:
-    """Let a handler start and leave with database connections that can be used.
+    """Let a handler start and leave with database connections that can be used, and commit only in time.
 
     A unit-of-work hook. No request signals fire in the pool's threads, so without it CONN_MAX_AGE
     and health checks never act, and a connection that broke fails every later message.
+
+    Where the caller has given up before the handler's first commit, that becomes a rollback and raises
+    DeadlineExceeded. Later ones are made: what has begun is ended.
     """
     opened = _opened()
     _close_old(opened)
+    begun, _thread.begun = getattr(_thread, "begun", False), False  # inside the thread of a caller, there are two
     try:
         yield
     finally:
+        _thread.begun = begun
         _close_old(opened)
 
 
@@ -65,7 +71,9 @@ def _opened() -> list[BaseDatabaseWrapper]:
     # Django's `close_old_connections` asks for every alias anew, which costs ten times what its checks do.
     opened: list[BaseDatabaseWrapper] | None = getattr(_thread, "opened", None)
     if opened is None:
-        opened = _thread.opened = list(connections.all(initialized_only=True))
+        opened = _thread.opened = []
+        for connection in connections.all(initialized_only=True):
+            _own(connection, opened)
     return opened
 
 
@@ -79,7 +87,24 @@ def _note(connection: BaseDatabaseWrapper, **_: Any) -> None:
     # Only in threads that run handlers: elsewhere nobody would let go of it again.
     opened = getattr(_thread, "opened", None)
     if opened is not None and connection not in opened:
-        opened.append(connection)
+        _own(connection, opened)
+
+
+def _own(connection: BaseDatabaseWrapper, opened: list[BaseDatabaseWrapper]) -> None:
+    opened.append(connection)
+    commit = connection.commit
+
+    def commit_in_time() -> None:
+        if not getattr(_thread, "begun", True):
+            context = current.get()
+            if context is not None and context.expired():
+                connection.rollback()
+                raise DeadlineExceeded()
+            _thread.begun = True
+        commit()
+
+    # Django has no hook before a commit; `atomic` calls this one, wherever the handler uses it.
+    connection.commit = commit_in_time  # type: ignore[method-assign]
 
 
 def _alias(app_label: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from .context import RpcContext, current
 from .exceptions import DeadlineExceeded, Unavailable
+from .instruments import Bound, dropped
 
 T = TypeVar("T")
 UnitOfWork = Callable[[RpcContext], AbstractContextManager[Any]]
@@ -66,16 +67,17 @@ class Executor:
         job = Job(self._work, call, context, returns)
         waiting = lender.get()
         if waiting is None or not waiting.lend(job):
-            self._submit(job)
+            self._submit(job, context)
         try:
             return await job.future  # type: ignore[no-any-return]
         finally:
             job.forget()
 
-    def _submit(self, job: Job) -> None:
+    def _submit(self, job: Job, context: RpcContext) -> None:
         # What its caller has given up counts until a thread has passed it: threads that hang must not
         # let the queue grow.
         if len(self._unfinished) >= self._room:
+            dropped.add(context.service, "threads", "overloaded")
             raise Unavailable("Too many calls are waiting for a thread.", code="overloaded")
         if self._closed:
             raise Unavailable("No more calls are taken.", code="closed")
@@ -141,6 +143,11 @@ class Executor:
                 return
             job.refuse()
             self._unfinished.discard(job)
+
+    @property
+    def bounds(self) -> list[Bound]:
+        """The calls that threads are at work on, or that wait for one."""
+        return [Bound("threads", len(self._unfinished), self._room)]
 
     @property
     def busy(self) -> bool:

@@ -5,18 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable
 from typing import Any
 
+from .conf import get_settings
 from .exceptions import MicroserviceError
+from .gate import Application, Gate, Receive, Scope, Send
 from .lifecycle import Lifecycle, exit_now, lifecycle
 
 logger = logging.getLogger("microservices")
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class HybridApplication:
@@ -27,7 +24,16 @@ class HybridApplication:
     """
 
     def __init__(self, application: Application, owner: Lifecycle = lifecycle) -> None:
-        self._application = application
+        settings = get_settings()
+        gate = Gate(
+            application,
+            settings.name,
+            requests=settings.http_limit,
+            sockets=settings.socket_limit,
+            patience=settings.call_timeout,
+        )
+        owner.bounded = [gate]
+        self._application = gate
         self._lifecycle = owner
         owner.application = application  # it runs the consumers of events, too
         self._reactor = _Reactor(owner) if "twisted.internet.reactor" in sys.modules else None

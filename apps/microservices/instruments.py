@@ -1,8 +1,17 @@
-"""Counters that anyone may bump; telemetry reads them."""
+"""What is counted and what is bounded; the page /metrics tells it."""
 
 from __future__ import annotations
 
 from collections import Counter as _Counter
+from typing import NamedTuple
+
+
+class Bound(NamedTuple):
+    """How full something is that has a bound. Whatever has one lists it as `bounds`; nobody else keeps count."""
+
+    place: str
+    used: int
+    limit: int
 
 
 class Counter:
@@ -16,6 +25,7 @@ class Counter:
         self.help = help
         self.labels = labels
         self._values: _Counter[tuple[str, ...]] = _Counter()
+        counters.append(self)
 
     def add(self, *labels: str, amount: int = 1) -> None:
         """Count `amount` more under these label values, given in the order of `labels`."""
@@ -29,5 +39,8 @@ class Counter:
         """Return all counts by label values."""
         return dict(self._values)
 
+
+counters: list[Counter] = []
+"""All there are."""
 
 dropped = Counter("microservices_dropped_total", "Messages given up without an answer.", ("service", "place", "reason"))

@@ -47,6 +47,8 @@ class Lifecycle:
         self._end = 0.0
         self.microservices: Sequence[Microservice] = ()
         self.application: Any = None
+        self.bounded: list[Any] = []
+        """What else has bounds than the services that live here."""
         # Whoever holds a connection that never ends by itself adds how it takes its leave.
         self.on_drain: set[Callable[[], Awaitable[None]]] = set()
         # What goes on for as long as the process is ready; started again when it fails.

@@ -10,6 +10,7 @@ from typing import Any
 
 from .context import RpcContext
 from .exceptions import RpcException, Unavailable
+from .instruments import Bound
 
 logger = logging.getLogger("microservices.mailbox")
 
@@ -52,6 +53,11 @@ class Mailbox:
         if running is not None and running.get_loop() is asyncio.get_running_loop():
             running.cancel()
             await asyncio.wait([running])
+
+    @property
+    def bounds(self) -> list[Bound]:
+        """What waits for the consumer; its own room is the bound, and who comes later waits with the transport."""
+        return [Bound(f"mailbox {self.scope['consumer']}", self._queue.qsize(), self._limit)]
 
     async def deliver(self, method: str, arguments: tuple[Any, ...], context: RpcContext) -> None:
         """Have `method` of the consumer handle an event. Raises what it raises, or Unavailable when it ends first."""

@@ -14,6 +14,7 @@ from .dispatcher import Dispatcher
 from .exceptions import ConfigurationError
 from .executor import Executor
 from .handlers import registry
+from .instruments import Bound
 from .mailbox import Mailbox
 from .middleware import Middleware
 from .resilience.limiter import Gradient, Limiter
@@ -32,8 +33,10 @@ class Microservice:
         urls: Sequence[str],
         events: Address | None = None,
         address: Callable[[str], Address] = transports.parse,
+        limiter: Limiter | None = None,
     ) -> None:
         self.name = dispatcher.service
+        self.limiter = limiter
         self.dispatcher = dispatcher
         self.urls = tuple(urls)
         self._events = events
@@ -91,6 +94,12 @@ class Microservice:
     def mailboxes(self) -> list[Mailbox]:
         """The mailboxes of the service's consumers."""
         return list({id(h.mailbox): h.mailbox for h in self.dispatcher.handlers if h.mailbox is not None}.values())
+
+    @property
+    def bounds(self) -> list[Bound]:
+        """How full is what stands between its peers and its handlers."""
+        parts = (self.limiter, *self.servers, *self.mailboxes)
+        return [bound for part in parts if part is not None for bound in part.bounds]
 
     def addresses(self, urls: Sequence[str]) -> Iterator[tuple[Address, Role]]:
         """Yield where the doors of `urls` are, and the bus where the service hears it by none of them."""
@@ -151,9 +160,11 @@ def get_microservice(name: str) -> Microservice:
         here = ", ".join(settings.servers) or "none"
         raise ConfigurationError(f"The service {name!r} does not live in this process (here: {here}).")
     middlewares: list[Middleware] = [load(path) for path in settings.server_middleware]
+    limiter = None
     if settings.server_limit:
         # The innermost: what is refused is seen by the others, too.
-        middlewares.append(Limiter(name, Gradient(most=settings.server_limit)))
+        limiter = Limiter(name, Gradient(most=settings.server_limit))
+        middlewares.append(limiter)
     dispatcher = Dispatcher(name, registry.of(name), get_executor(), middlewares, tracebacks=settings.tracebacks)
     place = settings.servers.get(name)
 
@@ -162,7 +173,7 @@ def get_microservice(name: str) -> Microservice:
 
     events = conf.events_address()
     bus = None if events.scheme == "memory" else events
-    return Microservice(dispatcher, list(_doors(name, dispatcher)), bus, address)
+    return Microservice(dispatcher, list(_doors(name, dispatcher)), bus, address, limiter)
 
 
 def _doors(name: str, dispatcher: Dispatcher) -> Iterator[str]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections import deque
 from typing import Any
 
 from ..context import RpcContext
 from ..exceptions import DeadlineExceeded, Unavailable
-from ..instruments import dropped
+from ..instruments import Bound, dropped
 from ..middleware import Endpoint
+from .turns import Turns
 
 
 class Bulkhead:
@@ -21,53 +20,36 @@ class Bulkhead:
 
     def __init__(self, target: str, capacity: int = 100, queue: int = 50) -> None:
         self.target = target
-        self.capacity = capacity
-        self.in_flight = 0
-        self._queue = queue
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._turns = Turns(capacity, queue)
 
     @property
-    def waiting(self) -> int:
-        """How many calls wait for their turn."""
-        return len(self._waiting)
+    def bounds(self) -> list[Bound]:
+        """What is under way, and what waits for its turn."""
+        turns = self._turns
+        return [
+            Bound("bulkhead", turns.taken, turns.capacity),
+            Bound("bulkhead-queue", turns.waiting, turns.queue),
+        ]
 
     def __call__(self, endpoint: Endpoint) -> Endpoint:
+        turns = self._turns
+
         async def limited(data: Any, context: RpcContext) -> Any:
-            if self.in_flight < self.capacity and not self._waiting:
-                self.in_flight += 1
-            else:
-                await self._turn(context)
+            if not turns.take():
+                await self._wait(context)
             try:
                 return await endpoint(data, context)
             finally:
-                self._release()
+                turns.give_back()
 
         return limited
 
-    async def _turn(self, context: RpcContext) -> None:
-        if len(self._waiting) >= self._queue:
+    async def _wait(self, context: RpcContext) -> None:
+        if self._turns.full:
             dropped.add(self.target, "bulkhead", "overloaded")
             raise Unavailable(f"Too many calls to {self.target} are under way.", code="overloaded")
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(turn)
         try:
-            async with asyncio.timeout(context.remaining()):
-                await turn
-        except BaseException as error:
-            if turn.done() and not turn.cancelled():
-                self._release()  # it was given to us in the moment that we left
-            else:
-                self._waiting.remove(turn)
-            if isinstance(error, TimeoutError):
-                dropped.add(self.target, "bulkhead", "no-time")
-                raise DeadlineExceeded(f"The call to {self.target} did not get its turn in time.") from None
-            raise
-
-    def _release(self) -> None:
-        # Who waits is given the place itself: a call that comes now does not overtake.
-        while self._waiting:
-            turn = self._waiting.popleft()
-            if not turn.done():
-                turn.set_result(None)
-                return
-        self.in_flight -= 1
+            await self._turns.wait(context.remaining())
+        except TimeoutError:
+            dropped.add(self.target, "bulkhead", "no-time")
+            raise DeadlineExceeded(f"The call to {self.target} did not get its turn in time.") from None

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..context import RpcContext
 from ..exceptions import RpcException
-from ..instruments import dropped
+from ..instruments import Bound, dropped
 from ..middleware import Call, Endpoint
 
 PRIORITIES = ("interactive", "background", "batch")
@@ -89,6 +89,14 @@ class Limiter:
     def waiting(self) -> int:
         """How many calls wait for their turn."""
         return sum(len(queue) for queue in self._waiting)
+
+    @property
+    def bounds(self) -> list[Bound]:
+        """What it has taken on, and what waits."""
+        return [
+            Bound("limiter", self.in_flight, self.limit.value),
+            Bound("limiter-queue", self.waiting, self._queue),
+        ]
 
     def __call__(self, endpoint: Endpoint) -> Endpoint:
         async def limited(data: Any, context: RpcContext) -> Any:

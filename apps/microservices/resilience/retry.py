@@ -58,6 +58,11 @@ class Budget:
         """How many retries may be made now."""
         return self._share * sum(self._calls) + self._reserve - sum(self._taken)
 
+    @property
+    def ratio(self) -> float:
+        """Which part of the budget is left, from 0 to 1."""
+        return max(0.0, self.left) / (self._share * sum(self._calls) + self._reserve or 1)
+
     def _advance(self, second: int) -> None:
         for passed in range(self._second + 1, min(second, self._second + _SECONDS) + 1):
             self._calls[passed % _SECONDS] = self._taken[passed % _SECONDS] = 0

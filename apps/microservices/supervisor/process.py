@@ -14,6 +14,7 @@ from ..lifecycle import until_signalled
 from .children import Child
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
+LAST_WORDS = 1.0  # seconds
 MARGIN = 5.0  # seconds beyond DRAIN_TIMEOUT, after which a process is ended
 
 
@@ -76,12 +77,14 @@ class Process:
                 say(str(error))
 
     async def ended(self) -> int:
-        """Wait until the child has ended and all it said is shown; return its exit code."""
+        """Wait until the child has ended and what it said is shown; return its exit code."""
         if self._child is None:
             return 0
         code = await self._child.wait()
         if self._output is not None:
-            await asyncio.shield(self._output)
+            # Not for longer: a process that the child has left behind may hold its output open for ever.
+            await asyncio.wait([self._output], timeout=LAST_WORDS)
+            self._output.cancel()
         return code
 
     def kill(self) -> None:

@@ -15,7 +15,7 @@ import msgspec
 
 from ..context import RpcContext
 from ..exceptions import ConfigurationError, RpcException
-from ..instruments import dropped
+from ..instruments import Bound, dropped
 from ..middleware import Call, Endpoint
 from ..packets import pattern_name
 
@@ -85,6 +85,11 @@ class CallLog:
             return result
 
         return logged
+
+    @property
+    def bounds(self) -> list[Bound]:
+        """The lines that are not written yet."""
+        return [Bound("call-log", len(self._lines), self._limit)]
 
     def flush(self) -> None:
         """Write what waits, now."""

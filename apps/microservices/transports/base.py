@@ -29,6 +29,7 @@ from ..exceptions import (
     Unavailable,
 )
 from ..handlers import Delivery
+from ..instruments import Bound, dropped
 from ..packets import Event, Packet, Reply, Request, Response
 from . import Address, Count, Seconds, fill, load_codec, read_options
 from .answers import END, Call, Stream
@@ -185,6 +186,11 @@ class Server(Peer):
         return task
 
     @property
+    def bounds(self) -> list[Bound]:
+        """What is worked on, and whatever else of this door has a bound."""
+        return [Bound(self.scheme, len(self.tasks), self.options.max_in_flight)]
+
+    @property
     def full(self) -> bool:
         """Whether as many messages are worked on as may be."""
         return bool(len(self.tasks) >= self.options.max_in_flight)
@@ -319,6 +325,7 @@ class ClientProxy(Peer):
         self._deadlines = Deadlines(self._loop, self._expire)
         self._handing_over = Deadlines(self._loop, Within.expire)
         self._pending: dict[str, Call | Stream] = {}
+        self._waiting = 0
         # Unique across processes, so that one id finds a call in the logs of both sides.
         self._prefix = os.urandom(self.id_bytes).hex()
         self._count = 0
@@ -508,11 +515,19 @@ class ClientProxy(Peer):
         for call in waiting.values():
             call.fail(error)
 
+    @property
+    def bounds(self) -> list[Bound]:
+        """The calls that wait for an answer, and those that wait to be handed over."""
+        return [
+            Bound("pending", len(self._pending), self.max_pending),
+            Bound("connecting", self._waiting, self.max_pending),
+        ]
+
     def _usable(self, context: RpcContext) -> bool:
         """Return whether a call can be handed over at once. Raises RpcException where it cannot be at all."""
         context.check_deadline()
         if len(self._pending) >= self.max_pending:
-            raise Unavailable(f"Too many calls to {self.service} wait for an answer.", code="overloaded")
+            raise self._overloaded()
         if self.ready():
             return True
         if self.status is Status.CLOSED:
@@ -520,11 +535,22 @@ class ClientProxy(Peer):
         return False
 
     async def _until_ready(self, context: RpcContext) -> None:
+        if self._waiting >= self.max_pending:
+            raise self._overloaded()
+        self._waiting += 1
         try:
             async with asyncio.timeout(context.remaining()):
                 await self.connect()
         except TimeoutError:
             raise DeadlineExceeded(f"{self.service} did not take the call in time.") from None
+        finally:
+            self._waiting -= 1
+        if len(self._pending) >= self.max_pending:  # others have waited, too
+            raise self._overloaded()
+
+    def _overloaded(self) -> Unavailable:
+        dropped.add(self.service, "pending", "overloaded")
+        return Unavailable(f"Too many calls to {self.service} wait.", code="overloaded")
 
     def _enter(self, waiting: Call | Stream) -> str:
         self._count += 1

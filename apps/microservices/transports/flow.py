@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
+_GATHERED = 128
+"""How many pieces of bytes wait for the end of the turn at most."""
+
 
 class FlowProtocol(asyncio.Protocol):
     """Writes once a turn of the loop, tells when the peer takes too little, and reads nothing while it is held."""
@@ -32,6 +35,14 @@ class FlowProtocol(asyncio.Protocol):
             self.transport.resume_reading()
             self.read_on()
 
+    def hold_while_congested(self) -> None:
+        """Read nothing more until the other side takes what is written: what comes would be answered in memory."""
+        # Only for a full transport, which says when it has room. A broker may also say that it takes nothing for now,
+        # and its word that it does again must be read.
+        if self._writable is not None and not self._held and self.transport.get_write_buffer_size():
+            self.hold()
+            self._writable.add_done_callback(lambda _: self.release())
+
     def read_on(self) -> None:
         """Take what had come before reading was held."""
 
@@ -43,6 +54,8 @@ class FlowProtocol(asyncio.Protocol):
         if not self._flushing:
             self._flushing = True
             self._loop.call_soon(self.flush)
+        elif len(self._out) >= _GATHERED:
+            self.flush()  # only the transport knows when it is too much
 
     def flush(self) -> None:
         """Send at once what has gathered."""

@@ -30,7 +30,7 @@ logger = logging.getLogger("microservices.mqtt")
 
 _PATIENCE = 10.0
 _MOST_REPLY_TOPICS = 1024
-_MOST_DOORS = 4096
+_MOST_DOORS, _LONGEST_KEPT = 4096, 256
 
 
 class Options(MqttOptions, frozen=True, kw_only=True):
@@ -84,7 +84,7 @@ class MqttServer(BrokerServer):
 
     async def listen(self) -> None:
         self._topics = Topics(self.routes)
-        # Bounded: the peer chooses the topic.
+        # Bounded, in number and length: the peer chooses the topic.
         self._door = lru_cache(_MOST_DOORS)(self._find)
         await super().listen()
 
@@ -173,7 +173,7 @@ class MqttServer(BrokerServer):
         if message.qos:
             connection.acknowledge(message)
         topic = message.topic
-        door = self._door(topic)
+        door = self._door(topic) if len(topic) <= _LONGEST_KEPT else self._find(topic)
         if door.own:
             return  # our own answer, to a pattern as `users/#`
         answer = _Answer(self, self._writer or connection, door.reply)

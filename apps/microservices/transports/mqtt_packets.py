@@ -133,13 +133,9 @@ def read_message(first: int, data: bytes, at: int, end: int, *, v5: bool) -> Mes
 
 def publish(flags: int, topic: bytes, id: bytes, told: bytes, body: bytes) -> bytes:
     """Return a PUBLISH; `id` is empty with QoS 0, `told` are the properties of MQTT 5, with their length."""
-    length = 2 + len(topic) + len(id) + len(told) + len(body)
-    return b"%c%b%b%b%b%b" % (PUBLISH | flags, number(length), _named(topic), id, told, body)
-
-
-@lru_cache(maxsize=4096)
-def _named(topic: bytes) -> bytes:
-    return struct.pack("!H", len(topic)) + topic
+    size = len(topic)
+    length = number(2 + size + len(id) + len(told) + len(body))
+    return b"%c%b%b%b%b%b%b" % (PUBLISH | flags, length, size.to_bytes(2), topic, id, told, body)
 
 
 def connect(

@@ -104,6 +104,8 @@ class RedisServer(BrokerServer):
             task.add_done_callback(self._done)
             if self.full:
                 connection.hold()
+        elif connection.congestion() is not None:
+            connection.hold_while_congested()
 
     def _done(self, _: asyncio.Task[Any]) -> None:
         # Not the connection that the message came by: there may be another one since, held for this one's sake.

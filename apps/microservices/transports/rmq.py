@@ -200,10 +200,12 @@ class RmqServer(AmqpServer):
             if self.full:
                 self._holding = message.channel.connection
                 self._holding.hold()
-        elif route is None:
+            return
+        if route is None:
             message.nack()
         else:
             message.ack()
+        message.channel.connection.hold_while_congested()
 
     def _answer(self, message: Message, response: Response) -> Awaitable[None] | None:
         if response.status is UNSET:

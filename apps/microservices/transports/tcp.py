@@ -19,7 +19,7 @@ from .. import codec
 from ..context import RpcContext
 from ..dispatcher import Dispatcher
 from ..exceptions import ConnectionLost, FrameError, PacketError, Unavailable
-from ..instruments import dropped
+from ..instruments import Bound, dropped
 from ..packets import Event, Request
 from . import Address, Count, Seconds, sockets
 from .base import ClientProxy, Server, Status
@@ -232,6 +232,15 @@ class TcpServer(Server):
             ssl_handshake_timeout=self.options.incomplete_message_timeout if context else None,
         )
         self.status = Status.CONNECTED
+
+    @property
+    def bounds(self) -> list[Bound]:
+        options, connections = self.options, len(self._connections)
+        return [
+            # In all: each connection has its own.
+            Bound("tcp", len(self.tasks), options.max_in_flight * max(1, connections)),
+            Bound("tcp-connections", connections, options.max_connections),
+        ]
 
     @property
     def port(self) -> int:

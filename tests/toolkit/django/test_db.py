@@ -7,6 +7,8 @@ import gc
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
+from functools import partial
 from typing import Any
 from weakref import ReferenceType, ref
 
@@ -15,10 +17,11 @@ from django.contrib.admin.models import LogEntry
 from django.contrib.auth.models import User as Operator
 from django.db import connections, router
 from django.db.backends.signals import connection_created
-from django.db.transaction import atomic
+from django.db.transaction import atomic, on_commit
 
-from microservices import RpcContext, message_pattern
+from microservices import RpcContext, RpcException, message_pattern
 from microservices.client import Client
+from microservices.context import beyond_deadline
 from microservices.db import ServiceRouter, fresh_connections
 from microservices.dispatcher import Dispatcher
 from microservices.executor import Executor
@@ -219,3 +222,99 @@ def test_messages_share_the_connections_of_the_pools_threads(
 
     assert answers == [0] * messages
     assert len(opened) == expected
+
+
+# Commits
+
+
+@pytest.fixture
+def notes(connection: Any) -> Callable[[], list[str]]:
+    """A table `note`, and what has been committed to it."""
+    with connection.cursor() as cursor:
+        cursor.execute("CREATE TABLE note (text varchar(20))")
+
+    def notes() -> list[str]:
+        with connection.cursor() as cursor:
+            return [text for (text,) in cursor.execute("SELECT text FROM note")]
+
+    return notes
+
+
+def write(alias: str, text: str) -> None:
+    with connections[alias].cursor() as cursor:
+        cursor.execute("INSERT INTO note VALUES (%s)", [text])
+
+
+def in_pool(*works: Callable[[RpcContext], Any]) -> list[Any]:
+    """Run work as `def` handlers are run, on one thread, each with a minute to its deadline; return what came of it."""
+
+    async def run() -> list[Any]:
+        executor = Executor(1, units_of_work=[fresh_connections])
+        outcomes: list[Any] = []
+        for work in works:
+            context = copy(CONTEXT)
+            context.cap_deadline(60)
+            try:
+                outcomes.append(await executor.run(partial(work, context), context))
+            except RpcException as error:
+                outcomes.append(error.code)
+        await executor.run(connections.close_all, CONTEXT)
+        executor.close()
+        return outcomes
+
+    return asyncio.run(run())
+
+
+def test_a_handler_whose_caller_has_given_up_commits_nothing(connection: Any, notes: Callable[[], list[str]]) -> None:
+    announced = []
+
+    def late(context: RpcContext) -> None:
+        with atomic(using=connection.alias):
+            write(connection.alias, "late")
+            on_commit(lambda: announced.append("late"), using=connection.alias)
+            context.cap_deadline(0)
+
+    outcomes = in_pool(late)
+
+    assert outcomes == ["deadline-exceeded"]
+    assert (notes(), announced) == ([], [])
+
+
+def test_a_handler_that_has_committed_something_in_time_goes_on_to_its_end(
+    connection: Any, notes: Callable[[], list[str]]
+) -> None:
+    def pay(context: RpcContext) -> None:
+        with atomic(using=connection.alias):
+            write(connection.alias, "intent")
+        context.cap_deadline(0)
+        with atomic(using=connection.alias):
+            write(connection.alias, "outcome")
+
+    in_pool(pay)
+
+    assert notes() == ["intent", "outcome"]
+
+
+def test_what_is_done_beyond_the_deadline_is_committed(connection: Any, notes: Callable[[], list[str]]) -> None:
+    def refund(context: RpcContext) -> None:
+        context.cap_deadline(0)
+        with beyond_deadline(), atomic(using=connection.alias):
+            write(connection.alias, "refund")
+
+    in_pool(refund)
+
+    assert notes() == ["refund"]
+
+
+def test_a_connection_goes_on_after_a_commit_that_came_too_late(
+    connection: Any, notes: Callable[[], list[str]]
+) -> None:
+    def note(text: str, context: RpcContext) -> None:
+        with atomic(using=connection.alias):
+            write(connection.alias, text)
+            if text == "late":
+                context.cap_deadline(0)
+
+    in_pool(*(partial(note, text) for text in ("first", "late", "second")))
+
+    assert notes() == ["first", "second"]

@@ -18,7 +18,7 @@ from microservices import ConfigurationError, event_pattern, message_pattern
 from microservices.management import memory
 from microservices.supervisor import forkserver
 from microservices.supervisor import process as processes
-from microservices.supervisor.children import Child, Launcher, _pipe, modules, subprocess
+from microservices.supervisor.children import Child, Forked, Launcher, _pipe, modules, subprocess
 from microservices.supervisor.process import Process, StartFailed, Supervisor
 from microservices.supervisor.workers import hold
 from microservices.transports import sockets
@@ -131,6 +131,28 @@ async def test_a_child_that_does_not_drain_in_time_is_ended() -> None:
     await until(lambda: bool(script.lines))
 
     assert await script.stop(0.1) == -signal.SIGKILL
+
+
+async def test_a_child_whose_output_another_holds_open_has_ended_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(processes, "LAST_WORDS", 0.01)
+    script = Script("")
+    child = Forked(pid=0)
+    child.stdout = asyncio.StreamReader()
+    child.stdout.feed_data(b"its last words\n")  # and no end
+    child.ending.set_result(3)
+
+    async def launch() -> Child:
+        return child
+
+    monkeypatch.setattr(script, "launch", launch)
+    await script.start()
+
+    async with asyncio.timeout(5):
+        code = await script.ended()
+
+    assert (code, script.lines) == (3, ["its last words"])
 
 
 async def test_a_child_that_ends_by_the_signal_has_ended_well() -> None:

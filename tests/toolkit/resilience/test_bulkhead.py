@@ -29,7 +29,7 @@ async def test_so_many_go_through_so_many_wait_and_the_rest_is_refused() -> None
     calls = [asyncio.create_task(endpoint(number, context())) for number in range(6)]
     await turn()
 
-    assert (shop.under_way, bulkhead.in_flight, bulkhead.waiting) == (2, 2, 3)
+    assert (shop.under_way, bulkhead.bounds[0].used, bulkhead.bounds[1].used) == (2, 2, 3)
     with pytest.raises(Unavailable) as refused:
         await calls[5]
     assert refused.value.code == "overloaded"
@@ -38,7 +38,7 @@ async def test_so_many_go_through_so_many_wait_and_the_rest_is_refused() -> None
     shop.gate.set()
     assert await asyncio.gather(*calls[:5]) == ["answer"] * 5
     assert [data for data, _ in shop.calls] == [0, 1, 2, 3, 4]
-    assert (bulkhead.in_flight, bulkhead.waiting) == (0, 0)
+    assert (bulkhead.bounds[0].used, bulkhead.bounds[1].used) == (0, 0)
 
 
 async def test_nobody_waits_beyond_his_deadline() -> None:
@@ -51,10 +51,10 @@ async def test_nobody_waits_beyond_his_deadline() -> None:
     with pytest.raises(DeadlineExceeded):
         await bulkhead(shop)(2, context(deadline=time.monotonic() + 0.01))
 
-    assert bulkhead.waiting == 0
+    assert bulkhead.bounds[1].used == 0
     shop.gate.set()
     assert await first == "answer"
-    assert bulkhead.in_flight == 0
+    assert bulkhead.bounds[0].used == 0
 
 
 async def test_a_call_that_is_given_up_leaves_its_place_to_the_next_one() -> None:
@@ -66,14 +66,14 @@ async def test_a_call_that_is_given_up_leaves_its_place_to_the_next_one() -> Non
 
     second.cancel()
     await turn()
-    assert bulkhead.waiting == 1
+    assert bulkhead.bounds[1].used == 1
     first.cancel()
     await turn()
 
     assert [data for data, _ in shop.calls] == [0, 2]
     shop.gate.set()
     assert await third == "answer"
-    assert bulkhead.in_flight == 0
+    assert bulkhead.bounds[0].used == 0
 
 
 async def test_a_place_given_to_one_who_leaves_in_that_moment_is_passed_on() -> None:
@@ -88,7 +88,7 @@ async def test_a_place_given_to_one_who_leaves_in_that_moment_is_passed_on() -> 
     second.cancel()
 
     assert await third == "answer"
-    assert bulkhead.in_flight == 0
+    assert bulkhead.bounds[0].used == 0
 
 
 async def test_whatever_a_call_ends_with_gives_its_place_back() -> None:

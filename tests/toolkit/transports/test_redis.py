@@ -24,6 +24,7 @@ from tests.brokers import Valkey, free_port
 from tests.toolkit.conftest import service
 from tests.toolkit.transports.certificates import Authority
 from tests.toolkit.transports.contract import PATIENCE, BrokerContract, TransportContract, count, echo, hearing
+from tests.toolkit.transports.front import front
 from tests.toolkit.transports.wire import Wire, listener, until
 
 
@@ -330,6 +331,29 @@ async def test_a_flood_of_events_waits_unread_and_none_is_lost(redis: str, forei
         slow_one.set()
 
     assert (meanwhile, most) == (3, 3)
+
+
+@pytest.mark.asyncio
+async def test_a_redis_that_takes_no_answers_brings_no_more_requests(redis: str, foreign: Redis) -> None:
+    @message_pattern("page", inline=True)
+    def page(data: int) -> str:
+        return "x" * 50_000
+
+    async with front(redis) as passing:
+        url = f"redis://127.0.0.1:{passing.port}{urlsplit(redis).path}"
+        async with serving(url, page) as server, calling(redis) as client:
+            passing.taking.clear()
+            calls = [asyncio.create_task(client.send("page", number, timeout=30)) for number in range(1000)]
+            connection = server.unwrap()
+            await until(lambda: connection.congestion() is not None)
+            for _ in range(20):  # time enough to answer them all, if they came
+                await foreign.ping()
+            unsent = connection.transport.get_write_buffer_size()
+            passing.taking.set()
+            answers = await asyncio.gather(*calls)
+
+    assert unsent < 8 * 1024 * 1024
+    assert {len(answer) for answer in answers} == {50_000}
 
 
 @pytest.mark.asyncio
@@ -660,30 +684,17 @@ async def _insist(client: Client) -> Any:
 
 @pytest.mark.asyncio
 async def test_rediss_is_tls(redis: str, tmp_path: Path) -> None:
-    authority, plain = Authority(tmp_path), urlsplit(redis)
+    authority = Authority(tmp_path)
     own = authority.issue("redis")
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(*own)
 
-    async def pass_on(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
-        with suppress(OSError):
-            while data := await source.read(65536):
-                target.write(data)
-        target.close()
-
-    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        onward = await asyncio.open_connection(plain.hostname, plain.port)
-        await asyncio.gather(pass_on(reader, onward[1]), pass_on(onward[0], writer))
-
-    front = await asyncio.start_server(connected, "127.0.0.1", 0, ssl=context)
-    url = f"rediss://127.0.0.1:{front.sockets[0].getsockname()[1]}{plain.path}?cafile={authority.cafile}"
-    try:
+    async with front(redis, context) as passing:
+        url = f"rediss://127.0.0.1:{passing.port}{urlsplit(redis).path}?cafile={authority.cafile}"
         async with serving(url, echo), calling(url) as client:
             answer = await client.send("echo", 1)
         async with calling(url.partition("?")[0]) as stranger:
             with pytest.raises(Unavailable, match="cannot be reached"):
                 await stranger.send("echo", 1)
-    finally:
-        front.close()
 
     assert answer == 1

@@ -7,12 +7,11 @@ import ssl
 import struct
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from itertools import compress, product
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
-from urllib.parse import urlsplit
 
 import aio_pika
 import pytest
@@ -46,6 +45,7 @@ from tests.toolkit.transports.contract import (
     echo,
     hearing,
 )
+from tests.toolkit.transports.front import front
 from tests.toolkit.transports.wire import Wire, listener, until
 
 pytestmark = pytest.mark.slow
@@ -946,6 +946,31 @@ async def test_a_flood_of_events_waits_and_none_is_lost(
 
 
 @pytest.mark.asyncio
+async def test_a_broker_that_takes_no_answers_brings_no_more_requests(
+    rabbitmq_url: str, queue: str, foreign: AbstractChannel
+) -> None:
+    @message_pattern("page", inline=True)
+    def page(data: int) -> str:
+        return "x" * 50_000
+
+    async with front(rabbitmq_url) as passing:
+        url = f"amqp://127.0.0.1:{passing.port}"
+        async with serving(url, queue, page) as server, calling(rabbitmq_url, queue) as client:
+            passing.taking.clear()
+            calls = [asyncio.create_task(client.send("page", number, timeout=30)) for number in range(1000)]
+            connection = server.unwrap()
+            await until(lambda: connection.congestion() is not None)
+            for _ in range(50):  # time enough to answer them all, if they came
+                await waiting(foreign, queue)
+            unsent = connection.transport.get_write_buffer_size()
+            passing.taking.set()
+            answers = await asyncio.gather(*calls)
+
+    assert unsent < 8 * 1024 * 1024
+    assert {len(answer) for answer in answers} == {50_000}
+
+
+@pytest.mark.asyncio
 async def test_closing_takes_what_has_arrived_and_nothing_more(
     rabbitmq_url: str, queue: str, foreign: AbstractChannel
 ) -> None:
@@ -1036,31 +1061,18 @@ async def test_a_wrong_password_is_told(rabbitmq_url: str) -> None:
 
 @pytest.mark.asyncio
 async def test_amqps_is_tls(rabbitmq_url: str, queue: str, tmp_path: Path) -> None:
-    authority, plain = Authority(tmp_path), urlsplit(rabbitmq_url)
+    authority = Authority(tmp_path)
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(*authority.issue("rabbitmq"))
 
-    async def pass_on(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
-        with suppress(OSError):
-            while data := await source.read(65536):
-                target.write(data)
-        target.close()
-
-    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        onward = await asyncio.open_connection(plain.hostname, plain.port)
-        await asyncio.gather(pass_on(reader, onward[1]), pass_on(onward[0], writer))
-
-    front = await asyncio.start_server(connected, "127.0.0.1", 0, ssl=context)
-    url = f"amqps://127.0.0.1:{front.sockets[0].getsockname()[1]}"
     trust = f"&cafile={authority.cafile}"
-    try:
+    async with front(rabbitmq_url, context) as passing:
+        url = f"amqps://127.0.0.1:{passing.port}"
         async with serving(url, queue, echo, options=trust), calling(url, queue, trust) as client:
             answer = await client.send("echo", 1)
         async with calling(url, queue) as stranger:
             with pytest.raises(Unavailable, match="cannot be reached"):
                 await stranger.send("echo", 1)
-    finally:
-        front.close()
 
     assert answer == 1
 

@@ -337,3 +337,39 @@ async def test_too_many_calls_that_wait_refuse_the_next(monkeypatch: pytest.Monk
         assert caught.value.code == "overloaded"
         await client.close()
         await asyncio.gather(*calls, return_exceptions=True)
+
+
+@pytest.mark.asyncio
+async def test_those_that_wait_for_a_connection_are_bounded_before_and_after_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    @message_pattern("never")
+    async def never() -> None:
+        await asyncio.Event().wait()
+
+    async with serving(never) as server, calling(server.port) as client:
+        proxy, may_open = client._bound().proxy, asyncio.Event()
+        open_now = proxy.open
+
+        async def open_later() -> None:
+            await may_open.wait()
+            await open_now()
+
+        monkeypatch.setattr(proxy, "open", open_later)
+        monkeypatch.setattr(proxy, "max_pending", 3)
+        calls = [asyncio.create_task(client.send("never", timeout=PATIENCE)) for _ in range(3)]
+        await until(lambda: proxy._waiting == 3)
+
+        with pytest.raises(Unavailable, match="Too many") as before:
+            await client.send("never")
+        monkeypatch.setattr(proxy, "max_pending", 2)
+        may_open.set()
+        done, waiting = await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+
+        assert before.value.code == "overloaded"
+        assert [error.code for error in [task.exception() for task in done] if isinstance(error, Unavailable)] == [
+            "overloaded"
+        ]
+        assert len(waiting) == 2
+        await client.close()
+        await asyncio.gather(*waiting, return_exceptions=True)
