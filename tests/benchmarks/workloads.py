@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 
-from . import brokers, gateway, grpc_calls, orm, shapes, starting, tcp
+from . import brokers, gateway, grpc_calls, orm, policies, shapes, starting, tcp
 from .measure import Case
 
 Workload = Callable[[ExitStack], Iterator[Case]]
@@ -18,6 +18,7 @@ WORKLOADS: Mapping[str, Workload] = {
     **brokers.WORKLOADS,
     "grpc": grpc_calls.unary,
     "orm": orm.one_row,
+    "policies": policies.closed_path,
     "gateway": gateway.users,
     "shapes": shapes.journeys,
     "start": starting.starts,
