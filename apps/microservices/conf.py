@@ -75,6 +75,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="
     """The most requests that a service works on at a time; how many it takes on, it learns. 0 for any number."""
     http_limit: Annotated[int, msgspec.Meta(ge=0)] = 200
     """How many HTTP requests a process works on at a time, as many more waiting; 0 for any number."""
+    body_limit: Annotated[int, msgspec.Meta(ge=0)] = 1024 * 1024
+    """How many bytes the body of a request may have; 0 for any number, read by whoever wants it."""
+    connection_limit: Annotated[int, msgspec.Meta(ge=0)] = 2048
+    """How many HTTP connections a process has at a time, WebSockets among them; 0 for any number."""
     socket_limit: Annotated[int, msgspec.Meta(ge=0)] = 1000
     """How many WebSockets a process has at a time; 0 for any number."""
     insecure_doors: bool = False

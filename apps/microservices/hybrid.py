@@ -8,9 +8,10 @@ import sys
 from collections.abc import Awaitable
 from typing import Any
 
+from .bodies import Receive
 from .conf import get_settings
 from .exceptions import MicroserviceError
-from .gate import Application, Gate, Receive, Scope, Send
+from .gate import Application, Gate, Scope, Send
 from .lifecycle import Lifecycle, exit_now, lifecycle
 
 logger = logging.getLogger("microservices")
@@ -30,6 +31,7 @@ class HybridApplication:
             settings.name,
             requests=settings.http_limit,
             sockets=settings.socket_limit,
+            body=settings.body_limit,
             patience=settings.call_timeout,
         )
         owner.bounded = [gate]

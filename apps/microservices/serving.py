@@ -10,12 +10,16 @@ import signal
 import socket
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import uvicorn
 from django.apps import apps
 
+from .conf import get_settings
 from .exceptions import ConfigurationError
+from .http import HttpConnection
+from .instruments import Bound
 from .lifecycle import State, exit_now, lifecycle, until_signalled
 from .microservice import get_executor
 from .transports import sockets
@@ -30,9 +34,11 @@ class HttpServer(uvicorn.Server):
     """uvicorn's server without its signal handling: the process has one owner, and it is not this."""
 
     def __init__(self, application: Any) -> None:
+        settings = get_settings()
         super().__init__(
             uvicorn.Config(
                 application,
+                http=partial(HttpConnection, name=settings.name, most=settings.connection_limit),  # type: ignore[arg-type]  # is called
                 lifespan="off",
                 access_log=False,
                 log_config=None,
@@ -44,6 +50,12 @@ class HttpServer(uvicorn.Server):
                 server_header=False,
             )
         )
+
+    @property
+    def bounds(self) -> list[Bound]:
+        """How many are connected."""
+        limit = get_settings().connection_limit
+        return [Bound("http-connections", len(self.server_state.connections), limit)] if limit else []
 
     def capture_signals(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
         return contextlib.nullcontext()
@@ -102,6 +114,7 @@ async def _serve(application: Any, bound: socket.socket | None, urls: Mapping[st
     working: set[asyncio.Task[Any]] = {signalled}
     if bound is not None:
         http = HttpServer(application)
+        lifecycle.bounded.append(http)
         working.add(asyncio.create_task(http.serve(sockets=[bound]), name="http"))
     try:
         # Health is served first, so that probes hear "starting" instead of nothing.

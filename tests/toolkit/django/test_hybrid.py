@@ -131,7 +131,7 @@ async def test_everything_but_lifespan_is_the_projects_own() -> None:
     async def send(message: Message) -> None:
         told.append(message)
 
-    scopes: list[Message] = [{"type": "http", "path": "/"}, {"type": "websocket", "path": "/"}]
+    scopes: list[Message] = [{"type": "http", "path": "/", "headers": []}, {"type": "websocket", "path": "/"}]
     for scope in scopes:
         await HybridApplication(http, Lifecycle())(scope, nothing, send)
 
@@ -221,7 +221,7 @@ async def test_a_request_that_daphne_cancels_while_it_stops_is_answered_first(
     application = HybridApplication(http, process)
     process.microservices = ()
     reactor.run()
-    request = asyncio.create_task(application({"type": "http", "path": "/"}, nothing, nothing))
+    request = asyncio.create_task(application({"type": "http", "path": "/", "headers": []}, nothing, nothing))
     await http.begun.wait()
 
     waiting = reactor.shut_down()
@@ -242,7 +242,7 @@ async def test_a_request_whose_client_goes_away_is_cancelled(reactor: Reactor, i
     http = Http()
     application = HybridApplication(http, Lifecycle())
     reactor.run()
-    request = asyncio.create_task(application({"type": "http", "path": "/"}, nothing, nothing))
+    request = asyncio.create_task(application({"type": "http", "path": "/", "headers": []}, nothing, nothing))
     await http.begun.wait()
 
     request.cancel()
