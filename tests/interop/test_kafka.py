@@ -80,7 +80,8 @@ async def calling_us(link: Link, url: str) -> AsyncIterator[tuple[Group, Clients
 @pytest_asyncio.fixture(scope="class", loop_scope="session")
 async def calling_nest(link: Link, url: str) -> AsyncIterator[tuple[Group, Clients]]:
     """Two servers of NestJS's in one group, and clients."""
-    told = {"version": link.version, "consumer": {"groupId": GROUP}}
+    # From the beginning: else what comes while the second of them joins the group is lost to both.
+    told = {"version": link.version, "consumer": {"groupId": GROUP}, "subscribe": {"fromBeginning": True}}
     async with AsyncExitStack() as stack:
         servers = (nest_server(url, name=name, **told) for name in ("a", "b"))
         *_, clients = await asyncio.gather(*map(stack.enter_async_context, servers), enter_clients(stack, link, url))
