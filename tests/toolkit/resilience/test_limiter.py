@@ -108,11 +108,23 @@ def test_inline_handlers_are_left_where_they_are() -> None:
     assert Limiter("shop").in_place(inline) is inline
 
 
+class Crowd:
+    """A service that does `places` things at a time, each in 20 ms, asked for as much as a limit lets in."""
+
+    def __init__(self, limit: Gradient, places: int) -> None:
+        self.limit = limit
+        self.places = places
+
+    def ask(self, calls: int, *, seconds: float = 0.02, at_a_time: int = 10**9, pattern: str = "ask") -> None:
+        for _ in range(calls):
+            in_flight = min(at_a_time, self.limit.value)
+            self.limit.add(pattern, seconds * max(1.0, in_flight / self.places), in_flight)
+
+
 def test_a_limit_grows_while_calls_take_as_long_as_ever() -> None:
     limit = Gradient(20, most=200)
 
-    for _ in range(3000):
-        limit.add(0.02, limit.value)
+    Crowd(limit, places=1000).ask(3000)
 
     assert limit.value == 200
 
@@ -120,26 +132,132 @@ def test_a_limit_grows_while_calls_take_as_long_as_ever() -> None:
 def test_a_limit_that_is_not_used_proves_nothing() -> None:
     limit = Gradient(20)
 
-    for _ in range(3000):
-        limit.add(0.02, 3)
+    Crowd(limit, places=1000).ask(3000, at_a_time=3)
 
     assert limit.value == 20
 
 
+@pytest.mark.parametrize("places", [8, 16, 50])
+def test_a_crowd_that_stays_does_not_become_what_is_usual(places: int) -> None:
+    limit = Gradient(20)
+    service = Crowd(limit, places)
+    service.ask(100, at_a_time=1)
+
+    service.ask(100_000)
+
+    assert places <= limit.value <= 3 * places
+
+
 def test_a_limit_shrinks_as_calls_take_longer_and_grows_again_when_they_do_not() -> None:
     limit = Gradient(100, least=4)
-    for _ in range(100):
-        limit.add(0.02, 100)
+    service = Crowd(limit, places=1000)
+    service.ask(100)
     before = limit.value
 
-    for _ in range(100):
-        limit.add(0.2, limit.value)
+    service.ask(100, seconds=0.2)
     slow = limit.value
-    for _ in range(1000):
-        limit.add(0.02, limit.value)
+    service.ask(1000)
 
     assert slow < before / 2
     assert limit.value > before / 2
+
+
+def test_what_has_become_slower_for_good_is_usual_in_the_end() -> None:
+    limit = Gradient(100, least=4)
+    service = Crowd(limit, places=1000)
+    service.ask(100)
+
+    limits = []
+    for _ in range(3000):
+        service.ask(1, seconds=0.2)
+        limits.append(limit.value)
+
+    assert min(limits) == 4
+    assert limits[-1] > 100
+
+
+def test_each_pattern_has_a_pace_of_its_own() -> None:
+    limit = Gradient(20, most=200)
+    service = Crowd(limit, places=1000)
+
+    for _ in range(1000):
+        service.ask(3, seconds=0.001, pattern="get_user")
+        service.ask(1, seconds=0.5, pattern="make_report")
+
+    assert limit.value == 200
+
+
+def test_one_call_that_hung_changes_little() -> None:
+    limit = Gradient(100)
+    service = Crowd(limit, places=1000)
+    service.ask(1000)
+    before = limit.value
+
+    service.ask(1, seconds=30)
+    service.ask(100)
+
+    assert limit.value >= before * 0.9
+
+
+def test_patterns_without_number_share_a_pace() -> None:
+    limit = Gradient()
+
+    for number in range(1000):
+        limit.add(f"user.{number}", 0.02, 1)
+
+    assert len(limit._usual) == 257
+
+
+@pytest.mark.asyncio
+async def test_who_would_wait_for_more_than_half_of_his_time_is_told_at_once() -> None:
+    shop = Service(["answer"])
+    shop.gate = asyncio.Event()
+    limit = Gradient(1)
+    limit.add("ask", 1.0, 1)
+    limiter = Limiter("shop", limit)
+    endpoint = limiter(shop)
+    first = asyncio.create_task(endpoint(1, call()))
+    await turn()
+
+    patient = call()
+    patient.cap_deadline(2.5)
+    hasty = call()
+    hasty.cap_deadline(1.5)
+    waiting = asyncio.create_task(endpoint(2, patient))
+    await turn()
+    with pytest.raises(RpcException, match="more to do than it can") as refused:
+        await endpoint(3, hasty)
+
+    assert refused.value.code == "overloaded"
+    assert (limiter.waiting, limiter.refused) == (1, 1)
+    shop.gate.set()
+    assert await asyncio.gather(first, waiting) == ["answer"] * 2
+
+
+@pytest.mark.asyncio
+async def test_what_can_no_longer_end_in_time_is_not_begun() -> None:
+    shop = Service(["answer"])
+    shop.gate = asyncio.Event()
+    limit = Gradient(1)
+    limit.add("quick", 0.001, 1)
+    limit.takes = lambda pattern: 1.0  # type: ignore[method-assign]
+    limiter = Limiter("shop", limit)
+    endpoint = limiter(shop)
+    first = asyncio.create_task(endpoint(1, call()))
+    await turn()
+    late = call()
+    late.cap_deadline(0.5)
+    waiting = asyncio.create_task(endpoint(2, late))
+    await turn()
+
+    shop.gate.set()
+
+    assert await first == "answer"
+    with pytest.raises(RpcException) as refused:
+        await waiting
+    assert refused.value.code == "overloaded"
+    assert [data for data, _ in shop.calls] == [1]
+    assert (limiter.in_flight, limiter.waiting) == (0, 0)
 
 
 @pytest.mark.asyncio
@@ -147,7 +265,7 @@ async def test_times_are_those_of_the_handler_not_of_the_queue() -> None:
     clock = Clock()
     seen: list[float] = []
     limit = Gradient(1)
-    limit.add = lambda seconds, in_flight: seen.append(seconds)  # type: ignore[method-assign]
+    limit.add = lambda pattern, seconds, in_flight: seen.append(seconds)  # type: ignore[method-assign]
 
     async def work(data: float, context: Any) -> None:
         clock.now += data

@@ -1,0 +1,98 @@
+"""Callers: so many a second, whatever comes of them, or so many at a time; and what became of their calls."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from typing import Any, NamedTuple
+
+from microservices.exceptions import RpcException
+
+Call = Callable[[int], Awaitable[Any]]
+"""Makes the call of a number."""
+
+
+class Failed(Exception):
+    """What a call raises that failed otherwise than with an RpcException; it says how."""
+
+
+class Done(NamedTuple):
+    """A call that has ended: when it began, how many seconds it took, and "ok" or what became of it."""
+
+    number: int
+    began: float
+    seconds: float
+    outcome: str
+
+    @property
+    def ok(self) -> bool:
+        return self.outcome == "ok"
+
+
+class Results(list[Done]):
+    """Calls that have ended."""
+
+    @property
+    def failures(self) -> Counter[str]:
+        """What became of those that failed."""
+        return Counter(done.outcome for done in self if not done.ok)
+
+    @property
+    def succeeded(self) -> Results:
+        return Results(done for done in self if done.ok)
+
+    def ended_by(self, time: float) -> Results:
+        """Return those that ended by then, on the loop's clock."""
+        return Results(done for done in self if done.began + done.seconds <= time)
+
+    @property
+    def slowest(self) -> float:
+        return max((done.seconds for done in self), default=0.0)
+
+    def percentile(self, percent: float) -> float:
+        """Return within how many seconds so many of a hundred ended; 0 where there are none."""
+        ordered = sorted(done.seconds for done in self)
+        return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))] if ordered else 0.0
+
+
+async def steadily(call: Call, rate: float, seconds: float) -> Results:
+    """Begin `rate` calls a second, whether the ones before have ended or not, as the outside world does."""
+    loop = asyncio.get_running_loop()
+    results = Results()
+    began = loop.time()
+    async with asyncio.TaskGroup() as group:
+        for number in range(int(rate * seconds)):
+            await asyncio.sleep(began + number / rate - loop.time())
+            group.create_task(_make(call, number, results))
+    return results
+
+
+async def crowd(call: Call, callers: int, seconds: float) -> Results:
+    """Let so many callers make one call after the other."""
+    loop = asyncio.get_running_loop()
+    end = loop.time() + seconds
+    results = Results()
+    numbers = iter(range(10**9))
+
+    async def caller() -> None:
+        while loop.time() < end:
+            await _make(call, next(numbers), results)
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(callers):
+            group.create_task(caller())
+    return results
+
+
+async def _make(call: Call, number: int, results: Results) -> None:
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    try:
+        await call(number)
+        outcome = "ok"
+    except Failed as error:
+        outcome = str(error)
+    except RpcException as error:
+        outcome = error.code or str(error.status_code)
+    results.append(Done(number, began, loop.time() - began, outcome))
