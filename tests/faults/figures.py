@@ -16,7 +16,7 @@ class Figure(NamedTuple):
 
     def __str__(self) -> str:
         unit = f" {self.unit}" if self.unit else ""
-        return f"{self.fault} | {self.what} | {self.value:,.4g}{unit} | {self.bound}{unit}"
+        return f"{self.fault} | {self.what} | {_text(self.value)}{unit} | {self.bound}{unit}"
 
 
 class Figures(list[Figure]):
@@ -24,11 +24,11 @@ class Figures(list[Figure]):
 
     def at_most(self, fault: str, what: str, value: float, bound: float, unit: str = "") -> None:
         """Note a figure, and fail where it is greater than its bound."""
-        self._note(Figure(fault, what, value, f"≤ {bound:,.4g}", unit), value <= bound)
+        self._note(Figure(fault, what, value, f"≤ {_text(bound)}", unit), value <= bound)
 
     def at_least(self, fault: str, what: str, value: float, bound: float, unit: str = "") -> None:
         """Note a figure, and fail where it is smaller than its bound."""
-        self._note(Figure(fault, what, value, f"≥ {bound:,.4g}", unit), value >= bound)
+        self._note(Figure(fault, what, value, f"≥ {_text(bound)}", unit), value >= bound)
 
     def table(self) -> str:
         """Return all of them in Markdown."""
@@ -39,3 +39,7 @@ class Figures(list[Figure]):
         self.append(figure)
         print(figure)
         assert holds, str(figure)
+
+
+def _text(value: float) -> str:
+    return f"{value:,.0f}" if value == int(value) or value >= 1000 else f"{value:.3g}"

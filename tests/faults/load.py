@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 from microservices.exceptions import RpcException
 
+_AFTER_FAILURE = 0.01
+
 Call = Callable[[int], Awaitable[Any]]
 """Makes the call of a number."""
 
@@ -64,7 +66,7 @@ async def steadily(call: Call, rate: float, seconds: float) -> Results:
     async with asyncio.TaskGroup() as group:
         for number in range(int(rate * seconds)):
             await asyncio.sleep(began + number / rate - loop.time())
-            group.create_task(_make(call, number, results))
+            group.create_task(make(call, number, results))
     return results
 
 
@@ -77,7 +79,9 @@ async def crowd(call: Call, callers: int, seconds: float) -> Results:
 
     async def caller() -> None:
         while loop.time() < end:
-            await _make(call, next(numbers), results)
+            await make(call, next(numbers), results)
+            if not results[-1].ok:
+                await asyncio.sleep(_AFTER_FAILURE)  # a refusal takes no time, and would leave none to others
 
     async with asyncio.TaskGroup() as group:
         for _ in range(callers):
@@ -85,7 +89,8 @@ async def crowd(call: Call, callers: int, seconds: float) -> Results:
     return results
 
 
-async def _make(call: Call, number: int, results: Results) -> None:
+async def make(call: Call, number: int, results: Results) -> None:
+    """Make one call, and note what became of it."""
     loop = asyncio.get_running_loop()
     began = loop.time()
     try:

@@ -82,8 +82,8 @@ class FaultProxy:
             finally:
                 self._links.discard(link)
                 onward_writer.close()
-        except OSError:
-            pass  # one of the two is gone, and so is the other now
+        except (OSError, asyncio.CancelledError):
+            pass  # one of the two is gone, or the proxy closes; asyncio's streams log a task that is cancelled
         finally:
             writer.close()
             self._tasks.discard(task)
@@ -122,9 +122,12 @@ class _Link:
                     return
                 await self._pass(data, writer)
 
-        async with asyncio.TaskGroup() as group:
-            group.create_task(take())
-            group.create_task(give())
+        halves = [asyncio.ensure_future(take()), asyncio.ensure_future(give())]
+        try:
+            await asyncio.gather(*halves)
+        finally:
+            for half in halves:
+                half.cancel()
 
     async def _pass(self, data: bytes, writer: asyncio.StreamWriter) -> None:
         faults = self._proxy.faults

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
-
 import pytest
 
-from microservices.exceptions import RpcException
 from tests.faults.conftest import Work, calling
 from tests.faults.figures import Figures
-from tests.faults.load import crowd, steadily
+from tests.faults.load import steadily
 from tests.faults.service import CAPACITY
 from tests.faults.tier import seconds
 
