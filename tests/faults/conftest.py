@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 
-from microservices import transports
 from microservices.client import Client
-from microservices.resilience.policies import Plan
 from tests.faults.figures import Figures
+from tests.faults.load import client_of
 from tests.system.shop import ROOT, Process, free_ports
 
 FIGURES = pytest.StashKey[Figures]()
@@ -47,13 +46,11 @@ def chance() -> random.Random:
 class Work(Process):
     """The service of service.py, in a process of its own."""
 
-    def __init__(self, options: str = "", limit: int = 200) -> None:
+    def __init__(self, options: str = "", limit: int = 200, below: str = "") -> None:
         (self.port,) = free_ports(1)
         self.url = f"tcp://127.0.0.1:{self.port}"
-        super().__init__(
-            [sys.executable, "-m", "tests.faults.service", self.url + options, str(limit)],
-            {"PYTHONPATH": str(ROOT / "apps")},
-        )
+        command = [sys.executable, "-m", "tests.faults.service", self.url + options, str(limit), below]
+        super().__init__(command, {"PYTHONPATH": str(ROOT / "apps")})
         self.until_says("ready")
 
     @property
@@ -92,10 +89,8 @@ def work(start: Callable[..., Work]) -> Work:
 async def calling(
     url: str, policies: dict[str, Any] | None = None, patterns: dict[str, dict[str, Any]] | None = None
 ) -> AsyncIterator[Client]:
-    """Call the service at `url`, with the policies that settings may say; with none at all where they say nothing."""
-    address = transports.parse(url)
-    plan = None if policies is None else Plan("work", policies, patterns or {})
-    client = Client("work", lambda: transports.load(address, "client")(address, "work"), source="tests", plan=plan)
+    """Call the service at `url` with what `client_of` returns."""
+    client = client_of(url, policies, patterns)
     try:
         yield client
     finally:

@@ -7,7 +7,10 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
+from microservices import transports
+from microservices.client import Client
 from microservices.exceptions import RpcException
+from microservices.resilience.policies import Plan
 
 _AFTER_FAILURE = 0.01
 
@@ -101,3 +104,12 @@ async def make(call: Call, number: int, results: Results) -> None:
     except RpcException as error:
         outcome = error.code or str(error.status_code)
     results.append(Done(number, began, loop.time() - began, outcome))
+
+
+def client_of(
+    url: str, policies: dict[str, Any] | None = None, patterns: dict[str, dict[str, Any]] | None = None
+) -> Client:
+    """Return a client of the service at `url`, with the policies that settings may say; without any for None."""
+    address = transports.parse(url)
+    plan = None if policies is None else Plan("work", policies, patterns or {})
+    return Client("work", lambda: transports.load(address, "client")(address, "work"), source="tests", plan=plan)
