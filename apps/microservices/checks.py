@@ -163,11 +163,12 @@ def _bad_urls(settings: Settings) -> Iterator[checks.CheckMessage]:
                 named.append((f"{key}[{name!r}] grpc", place.grpc, conf.NO_OPTIONS, role))
     for where, url, told, role in named:
         try:
-            address = conf.address(url, told)
-            options = transports.read_options(transports.load(address, role).Options, address)
-            transport = transports.SCHEMES[address.scheme]
-            if transport.tls:
-                _ = options.server_context() if role == "server" and not transport.broker else options.client_context()
+            for address in conf.addresses(url, told) if role == "client" else [conf.address(url, told)]:
+                options = transports.read_options(transports.load(address, role).Options, address)
+                transport = transports.SCHEMES[address.scheme]
+                serves = role == "server" and not transport.broker
+                if transport.tls:
+                    _ = options.server_context() if serves else options.client_context()
         except ConfigurationError as error:
             yield checks.Error(f"MICROSERVICES {where}: {error}", id="microservices.E006")
 
@@ -201,8 +202,8 @@ def _ports(service: Service) -> Iterator[tuple[str, int]]:
 
 def _addresses(url: str) -> Iterator[Address]:
     try:
-        if url:
-            yield transports.parse(url)
+        for each in transports.split(url) if url else ():
+            yield transports.parse(each)
     except ConfigurationError:
         return  # E006 tells
 

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 from msgspec import Raw
 
-from . import codec, conf, stubs, transports
+from . import balanced, codec, conf, stubs, transports
 from .conf import get_settings, load
 from .context import RpcContext, current
 from .exceptions import ConfigurationError, InvalidPayload, RpcException
@@ -24,7 +24,7 @@ from .middleware import Endpoint, Middleware, chain
 from .packets import route
 from .resilience.policies import Guard, Plan
 from .stubs import GrpcServices
-from .transports.base import ClientProxy, Status
+from .transports.base import Caller, Status
 from .transports.local import LocalClient, MemoryBus
 
 T = TypeVar("T")
@@ -41,7 +41,7 @@ class _Bound(NamedTuple):
     """A client's connection on one event loop, with the middlewares folded around its verbs."""
 
     loop: Loop
-    proxy: ClientProxy
+    proxy: Caller
     guard: Guard | None
     ways: dict[str, _Way]
     stream: Endpoint
@@ -61,7 +61,7 @@ class Client:
     def __init__(
         self,
         service: str,
-        connect: Callable[[], ClientProxy],
+        connect: Callable[[], Caller],
         *,
         source: str = "",
         timeout: float = 5.0,
@@ -236,7 +236,7 @@ class Client:
     def _deadline(self, route: str) -> float:
         return (self._plan.of(route).deadline if self._plan else 0) or self.timeout
 
-    def _context(self, proxy: ClientProxy, pattern: Any, metadata: Metadata, options: Options) -> RpcContext:
+    def _context(self, proxy: Caller, pattern: Any, metadata: Metadata, options: Options) -> RpcContext:
         written = codec.encode(pattern)
         text = self._routes.get(written) or self._route(pattern, written)
         context = RpcContext(
@@ -397,7 +397,7 @@ class Clients:
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known) or 'none'}."
             raise ConfigurationError(f"No service {service!r} in MICROSERVICES['CLIENTS']: {hint}")
 
-    def _client(self, service: str, connect: Callable[[], ClientProxy]) -> Client:
+    def _client(self, service: str, connect: Callable[[], Caller]) -> Client:
         settings = get_settings()
         return Client(
             service,
@@ -410,7 +410,7 @@ class Clients:
         )
 
 
-def _connect(service: str) -> ClientProxy:
+def _connect(service: str) -> Caller:
     settings = get_settings()
     if service == EVENTS:
         address = conf.events_address()
@@ -420,8 +420,7 @@ def _connect(service: str) -> ClientProxy:
     if service in settings.servers:
         return LocalClient(get_microservice(service).dispatcher)
     place = settings.clients[service]
-    address = conf.address(place.url, place.options, rpcs=place.rpcs)
-    return transports.load(address, "client")(address, service)  # type: ignore[no-any-return]
+    return balanced.connect(service, conf.addresses(place.url, place.options, rpcs=place.rpcs))
 
 
 class _Background:

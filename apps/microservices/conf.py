@@ -36,6 +36,8 @@ class Service(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What its transport is told at `url`, beside the URL's own query."""
     rpcs: dict[str, str] = {}
     """The RPC of each pattern that is called by gRPC: `{"get_user": "UsersService/FindOne"}`."""
+    balance: str = "two-choices"
+    """How calls are dealt out where `url` names several instances: a name of `discovery.choosers.CHOOSERS`."""
     policies: dict[str, Any] = {}
     """What stands around calls to it, where not as POLICIES says: see docs/resilience.md."""
     patterns: dict[str, dict[str, Any]] = {}
@@ -154,6 +156,18 @@ def address(url: str, options: Mapping[str, Any] = NO_OPTIONS, *, rpcs: Mapping[
     if parsed.scheme in ("grpc", "grpcs"):
         told = {**proto_options(), "rpcs": rpcs, **told}
     return parsed._replace(options={**told, **parsed.options})
+
+
+def addresses(url: str, options: Mapping[str, Any] = NO_OPTIONS, **told: Any) -> list[Address]:
+    """Return the addresses of a service's instances: `tcp://a:3001,tcp://b:3001`. Raises ConfigurationError."""
+    found = [address(each, options, **told) for each in transports.split(url)]
+    if len(found) == 1:
+        return found
+    if len({each.scheme for each in found}) > 1:
+        raise ConfigurationError(f"{', '.join(map(str, found))}: the instances of a service have one scheme.")
+    if transports.SCHEMES[found[0].scheme].broker:
+        raise ConfigurationError(f"{found[0].scheme}:// is a broker's, which deals calls out itself: give one URL.")
+    return found
 
 
 def events_address() -> Address:

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .conf import NO_OPTIONS, address, get_settings, proto_options
+from . import balanced
+from .conf import NO_OPTIONS, addresses, get_settings, proto_options
 from .exceptions import ConfigurationError
 from .microservice import get_microservice
-from .transports import Address, load
-from .transports.base import ClientProxy
+from .transports import Address
+from .transports.base import Caller
 
 if TYPE_CHECKING:
     from .transports.protos import Method, Protos
@@ -59,23 +60,22 @@ class Stub:
         return [*super().__dir__(), *self._rpcs]
 
 
-def connect(service: str) -> ClientProxy:
+def connect(service: str) -> Caller:
     """Return a connection to the gRPC methods of a service, local where it lives here. Raises ConfigurationError."""
     if service in get_settings().servers:
         from .transports.grpc import LocalGrpcClient
 
         return LocalGrpcClient(get_microservice(service).dispatcher, proto_files())
-    place = where(service)
-    return load(place, "client")(place, service)  # type: ignore[no-any-return]
+    return balanced.connect(service, where(service))
 
 
-def where(service: str) -> Address:
-    """Return the gRPC address of a service of the map. Raises ConfigurationError where it has none."""
+def where(service: str) -> list[Address]:
+    """Return the gRPC addresses of a service of the map. Raises ConfigurationError where it has none."""
     place = get_settings().clients[service]
     url = place.grpc or (place.url if place.url.startswith("grpc") else "")
     if not url:
         raise ConfigurationError(f"MICROSERVICES['CLIENTS'][{service!r}] has no `grpc` address.")
-    return address(url, place.options if url == place.url else NO_OPTIONS)
+    return addresses(url, place.options if url == place.url else NO_OPTIONS)
 
 
 def proto_files() -> Protos:

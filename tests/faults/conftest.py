@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import sys
@@ -27,6 +28,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if found := config.stash[FIGURES]:
         terminalreporter.section("faults")
         terminalreporter.write_line(found.table())
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep callers from logging each call, which would cost more than the call."""
+    monkeypatch.setattr(logging.getLogger("httpx"), "level", logging.WARNING)
 
 
 @pytest.fixture

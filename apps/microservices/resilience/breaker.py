@@ -28,7 +28,7 @@ transitions = Counter(
 _BUCKETS = 10
 _MOST_CIRCUITS = 1024
 # Refusals of a limit, here or there, and of an open breaker say nothing about the health of a service.
-_REFUSALS = ("overloaded", "closed", "circuit-open")
+REFUSALS = ("overloaded", "closed", "circuit-open")
 
 
 class State(StrEnum):
@@ -256,7 +256,7 @@ class Breaker:
             try:
                 result = await endpoint(data, context)
             except RpcException as error:
-                if error.code in _REFUSALS:
+                if error.code in REFUSALS:
                     circuit.forgotten(epoch)
                 elif error.status_code >= 500:
                     circuit.failed(epoch, clock())

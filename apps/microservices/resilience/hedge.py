@@ -47,12 +47,14 @@ class Hedge:
         return hedged
 
     async def _first_of_two(self, endpoint: Endpoint, data: Any, context: RpcContext, patience: float) -> Any:
-        tasks = {self._start(endpoint, data, context)}
+        # A context for each: the transport gives it its id. The second goes elsewhere than the first has gone.
+        first = copy(context)
+        tasks = {self._start(endpoint, data, first)}
         try:
             done, _ = await asyncio.wait(tasks, timeout=patience)
             if not done and self._budget.take():
                 self.hedged += 1
-                tasks.add(self._start(endpoint, data, context))
+                tasks.add(self._start(endpoint, data, copy(first)))
             while True:
                 done, left = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                 # An error of one is the answer only where the other has failed, too.
@@ -66,8 +68,7 @@ class Hedge:
 
     @staticmethod
     def _start(endpoint: Endpoint, data: Any, context: RpcContext) -> asyncio.Task[Any]:
-        # A context for each: the transport gives it its id.
-        work: Any = endpoint(data, copy(context))
+        work: Any = endpoint(data, context)
         return asyncio.get_running_loop().create_task(work, context=copy_context())
 
     def _note(self, seconds: float) -> None:

@@ -146,8 +146,8 @@ class Retry:
 
 
 def never_sent(error: RpcException) -> bool:
-    """Return whether a call surely did not reach its service, so that nothing is done twice."""
-    return isinstance(error, Unavailable) and error.code == "unavailable"
+    """Return whether a call surely was not begun, so that nothing is done twice."""
+    return (isinstance(error, Unavailable) and error.code == "unavailable") or error.code == "draining"
 
 
 def has_key(data: Any) -> bool:

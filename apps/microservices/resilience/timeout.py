@@ -22,6 +22,6 @@ class AttemptTimeout:
             try:
                 return await endpoint(data, attempt)
             finally:
-                context.id = attempt.id  # the log's line of the call names it
+                context.id, context.peer = attempt.id, attempt.peer  # for the log, and for the next attempt
 
         return timed

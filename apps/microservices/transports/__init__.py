@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from importlib import import_module
 from typing import Annotated, Any, Literal, NamedTuple
@@ -99,6 +100,8 @@ SCHEMES = {
 
 _declared: set[str] = set()
 
+_NEXT_URL = re.compile(r",(?=[a-z][a-z0-9+.-]*://)")
+
 
 def declare(transports: Mapping[str, Transport]) -> None:
     """Make a project's own transports known, by URL scheme. Raises ConfigurationError for a scheme of ours."""
@@ -156,6 +159,8 @@ def parse(url: str) -> Address:
     whole = url
     if "@" in url:  # in an error it is for people and logs, too
         url = f"{url.partition('://')[0]}://***@{url.rpartition('@')[2]}"
+    if len(split(url)) > 1:
+        raise ConfigurationError(f"{url!r} holds several addresses, where there can be one.")
     try:
         parts = urlsplit(whole)
     except ValueError as error:
@@ -175,13 +180,19 @@ def parse(url: str) -> Address:
     if "@" in credentials and "," in credentials:
         raise ConfigurationError(f"{url!r}: user and password stand once, before the first host.")
     if len(places) > 1 and not transport.several:
-        raise ConfigurationError(f"{url!r} holds several addresses: give one address for each service.")
+        example = f"{parts.scheme}://a:3001,{parts.scheme}://b:3001"
+        raise ConfigurationError(f"{url!r} holds several addresses: write each with its scheme, as in {example}.")
     if transport.names_port and not all(host and port for host, port in places):
         raise ConfigurationError(f"{url!r} must name a host and a port, as in {parts.scheme}://127.0.0.1:3001.")
     user, _, password = (unquote(part) for part in credentials.partition(":"))
     (host, port), *others = ((host or ("localhost" if transport.broker else ""), port) for host, port in places)
     options = dict(parse_qsl(parts.query, keep_blank_values=True))
     return Address(parts.scheme, host, port, options, user, password, parts.path, tuple(others))
+
+
+def split(url: str) -> list[str]:
+    """Return the URLs of `tcp://a:3001,tcp://b:3001`, the instances of one service."""
+    return _NEXT_URL.split(url)
 
 
 def _place(text: str, default: int) -> tuple[str, int]:

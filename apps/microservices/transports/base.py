@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from contextvars import Context
 from enum import StrEnum
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import msgspec
 from msgspec import UNSET, Raw
@@ -302,6 +302,26 @@ class BrokerServer(Server):
             await self.disconnect()
             await asyncio.sleep(delay * random.uniform(0.5, 1))  # noqa: S311 - only to spread reconnects
             delay = min(delay * 2, self.options.max_retry_delay)
+
+
+class Caller(Protocol):
+    """What a client needs of whatever calls its service: one transport, or a choice among several instances."""
+
+    service: str
+    url: str
+
+    @property
+    def scheme(self) -> str: ...
+    @property
+    def status(self) -> Status: ...
+    @property
+    def bounds(self) -> list[Bound]: ...
+    def read_record(self, options: Mapping[str, Any]) -> Any: ...
+    async def send(self, data: Any, context: RpcContext) -> Raw | None: ...
+    def stream(self, data: Any, context: RpcContext) -> AsyncGenerator[Raw]: ...
+    async def emit(self, data: Any, context: RpcContext) -> None: ...
+    async def close(self) -> None: ...
+    def unwrap(self) -> Any: ...
 
 
 class ClientProxy(Peer):

@@ -150,7 +150,7 @@ def test_the_options_of_the_main_door_are_not_those_of_the_grpc_door(settings: S
             await shop.close(0)
 
     assert asyncio.run(limited()) == {"tcp": True, "grpc": False}
-    assert "max_in_flight" not in where("shop").options
+    assert "max_in_flight" not in where("shop")[0].options
 
 
 @pytest.mark.usefixtures("items")
@@ -158,4 +158,4 @@ def test_a_grpc_door_that_is_the_main_one_has_its_options(settings: Settings) ->
     places = {"shop": {"url": "grpc://127.0.0.1:1", "options": {"max_in_flight": 7}}}
     settings.MICROSERVICES = {**settings.MICROSERVICES, "CLIENTS": places}
 
-    assert where("shop").options["max_in_flight"] == 7
+    assert where("shop")[0].options["max_in_flight"] == 7

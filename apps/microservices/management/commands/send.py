@@ -12,12 +12,12 @@ from typing import Any
 import msgspec
 from django.core.management.base import BaseCommand, CommandError
 
-from ... import conf, transports
+from ... import balanced, conf, transports
 from ...client import Client
 from ...conf import get_settings
 from ...exceptions import ConfigurationError, DeadlineExceeded, RpcException, Unavailable
 from ...microservice import get_microservice
-from ...transports.base import ClientProxy
+from ...transports.base import Caller, ClientProxy
 from ...transports.local import LocalClient
 
 FAILED, USAGE, TIMED_OUT, REMOTE_ERROR = 1, 2, 3, 4
@@ -72,7 +72,7 @@ class Command(BaseCommand):
                 code = code or ended
                 if not options["raw"]:
                     ms = (time.perf_counter() - started) * 1000
-                    where = str(proxy.address) if proxy.scheme != "local" else "in this process"
+                    where = proxy.url if proxy.scheme != LocalClient.scheme else "in this process"
                     self.stderr.write(f"{outcome}  {proxy.service} {where}  {ms:.1f} ms")
         finally:
             await client.close()
@@ -91,7 +91,7 @@ class Command(BaseCommand):
         return "ok", 0
 
 
-async def reach(service: str, timeout: float) -> ClientProxy:
+async def reach(service: str, timeout: float) -> Caller:
     """Return a connection to a URL, or to a service of the map: by the wire where it answers, else in this process."""
     settings = get_settings()
     if "://" in service:
@@ -101,10 +101,10 @@ async def reach(service: str, timeout: float) -> ClientProxy:
         known = ", ".join(settings.clients) or "none"
         raise ConfigurationError(f"There is no service {service!r}; known: {known}, or give a URL.")
     place = settings.clients[service]
-    address = conf.address(place.url, place.options, rpcs=place.rpcs)
-    remote: ClientProxy = transports.load(address, "client")(address, service)
+    addresses = conf.addresses(place.url, place.options, rpcs=place.rpcs)
     if service not in settings.servers:
-        return remote
+        return balanced.connect(service, addresses)
+    remote: ClientProxy = transports.load(addresses[0], "client")(addresses[0], service)
     try:
         async with asyncio.timeout(timeout):
             await remote.connect()

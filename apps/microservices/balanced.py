@@ -1,0 +1,148 @@
+"""A service at several addresses, called as if it were at one."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from typing import Any
+
+from msgspec import Raw
+
+from . import transports
+from .conf import get_settings
+from .context import RpcContext
+from .discovery.balancer import Balancer
+from .exceptions import RpcException
+from .instruments import Bound
+from .resilience.breaker import REFUSALS
+from .resilience.retry import never_sent
+from .transports import Address
+from .transports.base import Caller, ClientProxy, Status
+
+
+def connect(service: str, addresses: Sequence[Address]) -> Caller:
+    """Return what calls a service of the map at its address, or at one of several."""
+
+    def proxy(address: Address) -> ClientProxy:
+        return transports.load(address, "client")(address, service)  # type: ignore[no-any-return]
+
+    if len(addresses) == 1:
+        return proxy(addresses[0])
+    known = {str(address): address for address in addresses}
+    settings = get_settings()
+    balancer = Balancer(service, known, chooser=settings.clients[service].balance, source=settings.name)
+    return Balanced(balancer, lambda url: proxy(known[url]))
+
+
+class Balanced:
+    """A proxy over one proxy for each instance, which `connect(url)` makes when it is first called.
+
+    `context.peer` tells which instance a call went to; an attempt that comes after it goes to another. A
+    connection that is refused has sent nothing, so that the call goes to the next instance at once. A stream
+    stays where it began.
+    """
+
+    def __init__(self, balancer: Balancer, connect: Callable[[str], ClientProxy]) -> None:
+        self.balancer = balancer
+        self._connect = connect
+        self._proxies: dict[str, ClientProxy] = {}
+        first = self._proxy(next(iter(balancer.instances)))
+        self.service = balancer.target
+        self.scheme = first.scheme
+        self.url = ",".join(balancer.instances)
+        self.read_record = first.read_record
+        """Reads what a transport is told beside one message, the same for all."""
+
+    async def send(self, data: Any, context: RpcContext) -> Raw | None:
+        """Do what `ClientProxy.send` does."""
+        balancer = self.balancer
+        clock = balancer.clock
+        left = len(balancer.instances)
+        while True:
+            instance = balancer.choose(balancer.instances.get(context.peer))
+            context.peer = instance.url
+            began = clock()
+            failed: bool | None = None
+            try:
+                result = await self._proxy(instance.url).send(data, context)
+                failed = False
+                return result
+            except RpcException as error:
+                failed = _failed(error)
+                left -= 1
+                if left <= 0 or not never_sent(error):
+                    raise
+            finally:
+                balancer.done(instance, clock() - began, failed)
+
+    async def stream(self, data: Any, context: RpcContext) -> AsyncGenerator[Raw]:
+        """Do what `ClientProxy.stream` does."""
+        with self._untimed(context) as proxy:
+            async with aclosing(proxy.stream(data, context)) as values:
+                async for value in values:
+                    yield value
+
+    async def emit(self, data: Any, context: RpcContext) -> None:
+        """Do what `ClientProxy.emit` does."""
+        left = len(self.balancer.instances)
+        while True:
+            try:
+                with self._untimed(context) as proxy:
+                    await proxy.emit(data, context)
+                return
+            except RpcException as error:
+                left -= 1
+                if left <= 0 or not never_sent(error):
+                    raise
+
+    @property
+    def status(self) -> Status:
+        """Connected, if to one of them; else as the first one is."""
+        states = [proxy.status for proxy in self._proxies.values()]
+        return Status.CONNECTED if Status.CONNECTED in states else states[0]
+
+    @property
+    def bounds(self) -> list[Bound]:
+        """How full is what stands before all of them together."""
+        sums: dict[str, Bound] = {}
+        for bound in (bound for proxy in self._proxies.values() for bound in proxy.bounds):
+            _, used, limit = sums.get(bound.place, Bound(bound.place, 0, 0))
+            sums[bound.place] = Bound(bound.place, used + bound.used, limit + bound.limit)
+        return list(sums.values())
+
+    async def close(self) -> None:
+        """Close the connections to all of them."""
+        for proxy in self._proxies.values():
+            await proxy.close()
+
+    def unwrap(self) -> dict[str, Any]:
+        """Return the native object behind each, by its URL."""
+        return {url: proxy.unwrap() for url, proxy in self._proxies.items()}
+
+    @contextmanager
+    def _untimed(self, context: RpcContext) -> Iterator[ClientProxy]:
+        # How long a stream or an event takes says nothing of how quick an instance is.
+        balancer = self.balancer
+        instance = balancer.choose(balancer.instances.get(context.peer))
+        context.peer = instance.url
+        failed: bool | None = None
+        try:
+            yield self._proxy(instance.url)
+        except RpcException as error:
+            failed = _failed(error) or None
+            raise
+        finally:
+            balancer.done(instance, 0, failed)
+
+    def _proxy(self, url: str) -> ClientProxy:
+        proxy = self._proxies.get(url)
+        if proxy is None:
+            proxy = self._proxies[url] = self._connect(url)
+        return proxy
+
+
+def _failed(error: RpcException) -> bool | None:
+    # A refusal tells of what is asked for, and not of who refuses it.
+    if error.code in REFUSALS or error.status_code == 429:
+        return None
+    return error.status_code >= 500

@@ -1,0 +1,193 @@
+"""Which instance of a service gets a call, and which gets none for a while (operations.md section 2)."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from asyncio import CancelledError
+from collections.abc import Callable, Iterable, Sequence
+
+from ..exceptions import ConfigurationError
+from ..instruments import Counter
+from .choosers import CHOOSERS
+from .instances import FAILED, Instance
+
+logger = logging.getLogger("microservices.balancer")
+
+ejections = Counter(
+    "microservices_endpoint_ejections_total",
+    "How often an instance was left out for a while.",
+    ("service", "target", "reason"),
+)
+
+_IN_A_ROW = 5
+_LEAST_CALLS = 10
+_FAILURE_RATE = 0.5
+_FIRST, _MOST = 1.0, 30.0
+"""For how many seconds an instance is left out at first, and at most when it fails again and again."""
+
+
+class Balancer:
+    """Chooses among the instances of a service, and leaves out those that fail.
+
+    Five failures in a row, or more than half of ten or more calls in ten seconds, put an instance out for a
+    second, then for two, four, up to thirty; after that one call tries it. At most half of all are out: beyond
+    that it is not they who are ill, and all are used. `chooser` is a name of `choosers.CHOOSERS`, `source` what
+    this process calls itself.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        urls: Iterable[str],
+        *,
+        chooser: str = "two-choices",
+        source: str = "",
+        clock: Callable[[], float] = time.monotonic,
+        rng: random.Random | None = None,
+    ) -> None:
+        if chooser not in CHOOSERS:
+            raise ConfigurationError(f"{target}: no chooser {chooser!r}; there are {', '.join(CHOOSERS)}.")
+        self.target = target
+        self.clock = clock
+        self._source = source
+        self._choose = CHOOSERS[chooser](rng or random.Random())  # noqa: S311 - spreads calls
+        self.instances: dict[str, Instance] = {url: Instance(url, clock()) for url in urls}
+        self._usable: Sequence[Instance] = list(self.instances.values())
+        self._review_at = float("inf")
+        self._panic = False
+        if not self._usable:
+            raise ConfigurationError(f"{target} has no address.")
+
+    # The instances
+
+    def update(self, urls: Iterable[str]) -> list[Instance]:
+        """Take these instances for all there are, and return those that have gone; none at all is no news.
+
+        One that is new gets its share within ten seconds, so that it is not flooded while it is cold.
+        """
+        known, now = self.instances, self.clock()
+        wanted = dict.fromkeys(urls)
+        if not wanted:
+            return []
+        latency = sum(each.latency(now) for each in known.values()) / len(known)
+        self.instances = {url: known.get(url) or Instance(url, now, latency, fresh=True) for url in wanted}
+        self._review(now)
+        return [instance for url, instance in known.items() if url not in wanted]
+
+    @property
+    def out(self) -> list[Instance]:
+        """Those that get no calls."""
+        return [each for each in self.instances.values() if each.out]
+
+    # A call
+
+    def choose(self, tried: Instance | None = None) -> Instance:
+        """Return the instance for a call that begins now, another than `tried` if there is one. `done` must follow."""
+        now = self.clock()
+        if now >= self._review_at:
+            trial = self._review(now)
+            if trial is not None and trial is not tried:
+                trial.trying = True
+                trial.pending += 1
+                return trial
+        usable = self._usable
+        if tried is not None and len(usable) > 1:
+            usable = [each for each in usable if each is not tried]
+        instance = usable[0] if len(usable) == 1 else self._choose(usable, now)
+        instance.pending += 1
+        return instance
+
+    def done(self, instance: Instance, seconds: float, failed: bool | None) -> None:
+        """Note that a call has ended after so many seconds; `failed` is None where that says nothing of it."""
+        now = self.clock()
+        instance.pending -= 1
+        if failed is None:
+            if instance.trying:
+                instance.trying = False
+                self._review_at = now  # the next call tries it
+            return
+        instance.observe(now, max(seconds, FAILED) if failed else seconds)
+        if instance.out:
+            self._learn(instance, now, now - seconds, failed=failed)
+            return
+        instance.count(now, failed=failed)
+        if failed:
+            self._judge(instance, now)
+
+    def pick(self, tried: Instance | None = None) -> Pick:
+        """Return a context manager around a call by any client: `with balancer.pick() as picked: ...picked.url...`.
+
+        An exception is a failure; `picked.failed = True` says so of an answer.
+        """
+        return Pick(self, self.choose(tried))
+
+    # Health
+
+    def _learn(self, instance: Instance, now: float, began: float, *, failed: bool) -> None:
+        # What began before it was left out says nothing new; where all fail, any call tries it.
+        if began < instance.out_since or not (instance.trying or self._panic):
+            return
+        if not failed:
+            logger.info("%s: %s answers again", self.target, instance.url)
+            instance.admit(now)
+            self._review(now)
+        elif instance.trying:
+            self._eject(instance, now, "trial")
+
+    def _judge(self, instance: Instance, now: float) -> None:
+        if instance.failures_in_a_row >= _IN_A_ROW:
+            self._eject(instance, now, "failures-in-a-row")
+            return
+        calls, failures = instance.counted(now)
+        if calls >= _LEAST_CALLS and failures > calls * _FAILURE_RATE:
+            self._eject(instance, now, "failure-rate")
+
+    def _eject(self, instance: Instance, now: float, reason: str) -> None:
+        if now - instance.out_until > _MOST:
+            instance.ejections = 0  # it was well for long
+        period = min(_MOST, _FIRST * 2**instance.ejections)
+        instance.ejections = min(instance.ejections + 1, 8)
+        instance.out, instance.trying = True, False
+        instance.out_since, instance.out_until = now, now + period
+        ejections.add(self._source, self.target, reason)
+        logger.warning("%s: %s is left out for %g s (%s)", self.target, instance.url, period, reason)
+        self._review(now)
+
+    def _review(self, now: float) -> Instance | None:
+        """See who gets calls; return one that has been out for its time, for a call to try it."""
+        everyone = list(self.instances.values())
+        well = [each for each in everyone if not each.out]
+        panic = len(everyone) > 1 and len(well) * 2 < len(everyone)
+        if panic and not self._panic:
+            logger.warning("%s: more than half of its instances fail; all are used", self.target)
+        self._panic = panic
+        self._usable = everyone if panic or not well else well
+        waiting = [each for each in everyone if each.out and not each.trying]
+        due = [each for each in waiting if each.out_until <= now]
+        self._review_at = now if due else min((each.out_until for each in waiting), default=float("inf"))
+        return due[0] if due else None
+
+
+class Pick:
+    """An instance for one call."""
+
+    __slots__ = ("_balancer", "_began", "failed", "instance", "url")
+
+    def __init__(self, balancer: Balancer, instance: Instance) -> None:
+        self._balancer = balancer
+        self._began = balancer.clock()
+        self.instance = instance
+        self.url = instance.url
+        self.failed = False
+
+    def __enter__(self) -> Pick:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        failed: bool | None = self.failed
+        if kind is not None:
+            # Whoever gives up says nothing of the instance.
+            failed = None if issubclass(kind, CancelledError | GeneratorExit | KeyboardInterrupt) else True
+        self._balancer.done(self.instance, self._balancer.clock() - self._began, failed)

@@ -1,0 +1,64 @@
+"""Which of several instances gets the next call. What an instance costs is measured elsewhere: instances.py."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from itertools import count
+
+from .instances import Instance
+
+Chooser = Callable[[Sequence[Instance], float], Instance]
+"""Given two or more instances and the time, returns one of them."""
+
+
+def two_choices(rng: random.Random) -> Chooser:
+    """Return a chooser of the one with less load of any two: nearly as good as the least of all, and no herd."""
+    chance = rng.random
+
+    def choose(instances: Sequence[Instance], now: float) -> Instance:
+        many = len(instances)
+        first = int(chance() * many)
+        second = int(chance() * (many - 1))
+        one, other = instances[first], instances[second + (second >= first)]
+        return one if one.load(now) <= other.load(now) else other
+
+    return choose
+
+
+def pending(rng: random.Random) -> Chooser:
+    """Return a chooser of the one with fewer calls under way, of any two."""
+
+    def choose(instances: Sequence[Instance], now: float) -> Instance:
+        one, other = rng.sample(instances, 2)
+        return one if one.pending <= other.pending else other
+
+    return choose
+
+
+def in_turn(rng: random.Random) -> Chooser:
+    """Return a chooser of one after the other."""
+    turns = count(rng.randrange(1 << 16))  # not all clients begin with the same one
+
+    def choose(instances: Sequence[Instance], now: float) -> Instance:
+        return instances[next(turns) % len(instances)]
+
+    return choose
+
+
+def any_one(rng: random.Random) -> Chooser:
+    """Return a chooser of any."""
+
+    def choose(instances: Sequence[Instance], now: float) -> Instance:
+        return rng.choice(instances)
+
+    return choose
+
+
+CHOOSERS: dict[str, Callable[[random.Random], Chooser]] = {
+    "two-choices": two_choices,
+    "pending": pending,
+    "round-robin": in_turn,
+    "random": any_one,
+}
+"""By the name that settings have for them."""
