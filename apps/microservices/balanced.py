@@ -77,10 +77,18 @@ class Balanced:
 
     async def stream(self, data: Any, context: RpcContext) -> AsyncGenerator[Raw]:
         """Do what `ClientProxy.stream` does."""
-        with self._untimed(context) as proxy:
-            async with aclosing(proxy.stream(data, context)) as values:
-                async for value in values:
-                    yield value
+        left = len(self.balancer.instances)
+        while True:
+            try:
+                with self._untimed(context) as proxy:
+                    async with aclosing(proxy.stream(data, context)) as values:
+                        async for value in values:
+                            yield value
+                return
+            except RpcException as error:
+                left -= 1
+                if left <= 0 or not never_sent(error):
+                    raise
 
     async def emit(self, data: Any, context: RpcContext) -> None:
         """Do what `ClientProxy.emit` does."""

@@ -65,7 +65,8 @@ class Instance:
 
     def load(self, now: float) -> float:
         """Return what one more call would cost: its latency, times the calls that are there."""
-        load = self.latency(now) * (self.pending + 1)
+        # Of whom nothing has been heard yet, he who keeps a first call waiting is not the quickest.
+        load = (self.latency(now) or (FAILED if self.pending else 0.0)) * (self.pending + 1)
         age = now - self.fresh_at
         return load if age >= SLOW_START else load / max(age / SLOW_START, _LEAST_WEIGHT)
 

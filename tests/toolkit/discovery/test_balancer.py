@@ -1,0 +1,338 @@
+"""Who gets a call, who gets none for a while, and who again: on a clock that stands still until it is told."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import random
+from collections import Counter
+from collections.abc import Callable
+
+import httpx
+import pytest
+
+from microservices.discovery.balancer import Balancer, ejections
+from microservices.discovery.choosers import CHOOSERS
+from microservices.discovery.instances import Instance
+from microservices.exceptions import ConfigurationError
+
+SEED = 20_26
+
+
+class Clock:
+    """A clock that goes on when it is told."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def over(clock: Clock, *urls: str, chooser: str = "two-choices") -> Balancer:
+    """Return a balancer over these instances."""
+    return Balancer("users", urls, chooser=chooser, source="tests", clock=clock, rng=random.Random(SEED))
+
+
+def call(
+    balancer: Balancer, clock: Clock, seconds: float = 0.01, failed: Callable[[str], bool] = lambda url: False
+) -> str:
+    """Make one call that takes so long; return the URL of who got it."""
+    instance = balancer.choose()
+    clock.now += seconds
+    balancer.done(instance, seconds, failed(instance.url))
+    return instance.url
+
+
+def fail(balancer: Balancer, url: str, times: int = 1) -> None:
+    """Let calls of one instance fail."""
+    for _ in range(times):
+        instance = balancer.instances[url]
+        instance.pending += 1
+        balancer.done(instance, 0.01, failed=True)
+
+
+def simulate(
+    balancer: Balancer,
+    clock: Clock,
+    took: Callable[[str], float],
+    failed: Callable[[str], bool],
+    rate: float,
+    count: int,
+) -> tuple[Counter[str], Counter[str]]:
+    """Begin `rate` calls a second, each of which takes its time; return who got them, and whose failed."""
+    under_way: list[tuple[float, int, float, Instance]] = []
+    got: Counter[str] = Counter()
+    failures: Counter[str] = Counter()
+    for number in range(count):
+        begins = clock.now + 1 / rate
+        while under_way and under_way[0][0] <= begins:
+            clock.now, _, began, instance = heapq.heappop(under_way)
+            balancer.done(instance, clock.now - began, failed(instance.url))
+        clock.now = begins
+        instance = balancer.choose()
+        got[instance.url] += 1
+        failures[instance.url] += failed(instance.url)
+        heapq.heappush(under_way, (begins + took(instance.url), number, begins, instance))
+    return got, failures
+
+
+@pytest.mark.parametrize("chooser", CHOOSERS)
+def test_equals_get_equal_shares(clock: Clock, chooser: str) -> None:
+    balancer = over(clock, "a", "b", "c", "d", chooser=chooser)
+
+    got, _ = simulate(balancer, clock, lambda url: 0.02, lambda url: False, rate=500, count=4000)
+
+    assert set(got) == {"a", "b", "c", "d"}
+    assert max(got.values()) < 1.3 * min(got.values())
+
+
+def test_one_of_four_that_is_five_times_slower_gets_little(clock: Clock) -> None:
+    balancer = over(clock, "a", "b", "c", "slow")
+
+    got, _ = simulate(balancer, clock, lambda url: 0.1 if url == "slow" else 0.02, lambda url: False, 500, 5000)
+
+    assert 0 < got["slow"] < 0.1 * 5000
+
+
+def test_one_that_stands_still_gets_hardly_anything(clock: Clock) -> None:
+    balancer = over(clock, "a", "stopped")
+
+    got, _ = simulate(
+        balancer, clock, lambda url: 5.0 if url == "stopped" else 0.01, lambda url: url == "stopped", 200, 4000
+    )
+
+    assert got["stopped"] < 0.01 * 4000
+
+
+def test_one_that_fails_at_once_draws_hardly_any_calls(clock: Clock) -> None:
+    balancer = over(clock, "a", "b", "c", "broken")
+
+    _, failures = simulate(
+        balancer, clock, lambda url: 0.0001 if url == "broken" else 0.02, lambda url: url == "broken", 500, 20_000
+    )
+
+    assert 0 < failures["broken"] <= 0.001 * 20_000
+
+
+def test_five_failures_in_a_row_put_an_instance_out_for_a_second(clock: Clock) -> None:
+    before = ejections.value("tests", "users", "failures-in-a-row")
+    balancer = over(clock, "a", "b")
+
+    fail(balancer, "a", 4)
+    assert balancer.out == []
+    fail(balancer, "a")
+
+    assert [each.url for each in balancer.out] == ["a"]
+    assert {call(balancer, clock) for _ in range(50)} == {"b"}
+    assert ejections.value("tests", "users", "failures-in-a-row") == before + 1
+
+
+def test_more_than_half_of_ten_calls_put_it_out_too(clock: Clock) -> None:
+    balancer = over(clock, "a", "b")
+    a = balancer.instances["a"]
+
+    for failed in [True, True, False] * 3:
+        a.pending += 1
+        balancer.done(a, 0.01, failed)
+    assert balancer.out == []  # nine calls
+    fail(balancer, "a")
+
+    assert balancer.out == [a]
+
+
+def test_failures_of_more_than_ten_seconds_ago_are_forgotten(clock: Clock) -> None:
+    balancer = over(clock, "a", "b")
+    a = balancer.instances["a"]
+    for failed in [True, True, False] * 3:
+        a.pending += 1
+        balancer.done(a, 0.01, failed)
+
+    clock.now += 11
+    fail(balancer, "a")
+
+    assert balancer.out == []
+
+
+def test_one_call_tries_it_after_its_time_and_the_time_grows_to_thirty_seconds(clock: Clock) -> None:
+    balancer = over(clock, "a", "b")
+    fail(balancer, "a", 5)
+
+    periods = []
+    for _ in range(7):
+        began = clock.now
+        while "a" not in (urls := [call(balancer, clock, 0.1, lambda url: url == "a") for _ in range(2)]):
+            assert urls == ["b", "b"]
+        periods.append(clock.now - began)
+
+    assert [round(period) for period in periods] == [1, 2, 4, 8, 16, 30, 30]
+
+
+def test_while_one_call_tries_it_no_other_does(clock: Clock) -> None:
+    balancer = over(clock, "a", "b")
+    fail(balancer, "a", 5)
+    clock.now += 1
+
+    trial = balancer.choose()
+    others = {call(balancer, clock) for _ in range(20)}
+    balancer.done(trial, 0.2, failed=False)
+
+    assert trial.url == "a"
+    assert others == {"b"}
+    assert balancer.out == []
+
+
+def test_a_trial_that_is_given_up_is_followed_by_another(clock: Clock) -> None:
+    balancer = over(clock, "a", "b")
+    fail(balancer, "a", 5)
+    clock.now += 1
+    trial = balancer.choose()
+
+    balancer.done(trial, 0.2, failed=None)
+
+    assert balancer.choose() is trial
+
+
+def test_a_trial_does_not_go_where_the_call_has_just_been(clock: Clock) -> None:
+    balancer = over(clock, "a", "b")
+    fail(balancer, "a", 5)
+    clock.now += 1
+
+    assert balancer.choose(balancer.instances["a"]).url == "b"
+    assert balancer.choose().url == "a"
+
+
+def test_calls_that_began_before_it_was_put_out_do_not_bring_it_back(clock: Clock) -> None:
+    balancer = over(clock, "a", "b")
+    a, b = balancer.instances.values()
+    a.pending += 1
+    fail(balancer, "a", 5)
+    fail(balancer, "b", 5)  # all are used
+    clock.now += 0.1
+
+    balancer.done(a, seconds=5, failed=False)
+
+    assert balancer.out == [a, b]
+
+
+def test_where_more_than_half_fail_all_are_used(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    balancer = over(clock, "a", "b", "c")
+
+    fail(balancer, "a", 5)
+    assert {call(balancer, clock) for _ in range(50)} == {"b", "c"}
+    fail(balancer, "b", 5)
+
+    assert {call(balancer, clock, 0.001, lambda url: url != "c") for _ in range(50)} == {"a", "b", "c"}
+    assert "more than half of its instances fail; all are used" in caplog.text
+
+
+def test_an_instance_alone_is_used_whatever_it_does(clock: Clock) -> None:
+    balancer = over(clock, "a")
+
+    assert {call(balancer, clock, 0.01, lambda url: True) for _ in range(50)} == {"a"}
+
+
+def test_whoever_answers_while_all_are_used_is_in_again(clock: Clock) -> None:
+    balancer = over(clock, "a", "b")
+    fail(balancer, "a", 5)
+    fail(balancer, "b", 5)
+
+    call(balancer, clock)
+
+    assert len(balancer.out) == 1
+
+
+def test_a_new_instance_comes_to_its_share_in_ten_seconds(clock: Clock) -> None:
+    balancer = over(clock, "a", "b", "c")
+    simulate(balancer, clock, lambda url: 0.02, lambda url: False, rate=500, count=500)
+
+    balancer.update(["a", "b", "c", "new"])
+    first, _ = simulate(balancer, clock, lambda url: 0.02, lambda url: False, rate=500, count=500)
+    simulate(balancer, clock, lambda url: 0.02, lambda url: False, rate=500, count=4500)
+    later, _ = simulate(balancer, clock, lambda url: 0.02, lambda url: False, rate=500, count=2000)
+
+    assert 0 < first["new"] < 0.15 * 500
+    assert later["new"] > 0.2 * 2000
+
+
+def test_those_who_have_gone_are_told_and_get_no_calls(clock: Clock) -> None:
+    balancer = over(clock, "a", "b")
+
+    assert [each.url for each in balancer.update(["b", "c"])] == ["a"]
+    assert {call(balancer, clock) for _ in range(50)} == {"b", "c"}
+
+
+def test_a_source_that_turns_empty_keeps_its_last_good_list(clock: Clock) -> None:
+    balancer = over(clock, "a", "b")
+
+    assert balancer.update([]) == []
+    assert {call(balancer, clock) for _ in range(50)} == {"a", "b"}
+
+
+def test_a_second_attempt_goes_elsewhere_where_there_is_another(clock: Clock) -> None:
+    balancer = over(clock, "a", "b")
+    a = balancer.instances["a"]
+
+    assert {balancer.choose(a).url for _ in range(20)} == {"b"}
+    assert over(clock, "a").choose(a).url == "a"
+
+
+def test_a_failure_is_charged_a_second_and_forgotten_as_time_goes_by(clock: Clock) -> None:
+    instance = Instance("a", clock.now)
+    instance.observe(clock.now, 0.01)
+    assert instance.latency(clock.now) == 0.01
+    instance.observe(clock.now, 1.0)
+    instance.observe(clock.now, 0.01)
+    assert instance.latency(clock.now) == 1.0
+
+    assert instance.latency(clock.now + 10) == pytest.approx(0.37, abs=0.01)
+
+
+def test_a_chooser_that_is_not_known_is_told_of(clock: Clock) -> None:
+    with pytest.raises(ConfigurationError, match="no chooser 'best'; there are two-choices"):
+        over(clock, "a", chooser="best")
+    with pytest.raises(ConfigurationError, match="users has no address"):
+        over(clock)
+
+
+@pytest.mark.asyncio
+async def test_any_client_can_pick(clock: Clock) -> None:
+    balancer = over(clock, "http://a", "http://b")
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.host == "a":
+            raise httpx.ConnectError("refused")
+        return httpx.Response(200)
+
+    failed = 0
+    async with httpx.AsyncClient(transport=httpx.MockTransport(answer)) as http:
+        for _ in range(200):
+            clock.now += 0.01
+            try:
+                with balancer.pick() as picked:
+                    response = await http.get(f"{picked.url}/users")
+                    picked.failed = response.status_code >= 500
+            except httpx.ConnectError:
+                failed += 1
+
+    assert 0 < failed <= 5
+    assert [instance.pending for instance in balancer.instances.values()] == [0, 0]
+
+
+def test_who_gives_up_says_nothing_of_the_instance(clock: Clock) -> None:
+    balancer = over(clock, "a", "b")
+
+    for _ in range(20):
+        with pytest.raises(asyncio.CancelledError), balancer.pick():
+            raise asyncio.CancelledError
+    assert balancer.out == []
+
+    for _ in range(20):
+        with balancer.pick() as picked:
+            picked.failed = True
+    assert balancer.out != []
