@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
+import select
 import socket
 import ssl
 import struct
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Set
 from contextlib import aclosing, suppress
+from contextvars import Context
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 from msgspec import UNSET, Raw
@@ -29,6 +32,9 @@ from .tls import TlsOptions
 logger = logging.getLogger("microservices.tcp")
 
 _LIMIT = 1024 * 1024
+_LOOK = 1.0
+"""Seconds from one look to the next whether an aged connection has answered all that it owes."""
+_RDHUP = getattr(select, "POLLRDHUP", 0)
 
 
 class Options(TlsOptions, frozen=True, kw_only=True):
@@ -44,6 +50,8 @@ class Options(TlsOptions, frozen=True, kw_only=True):
     retry_attempts: Annotated[int, msgspec.Meta(ge=0)] = 0
     """How often a server tries again to listen where the port is taken, as NestJS's `retryAttempts`."""
     retry_delay: Seconds = 1
+    max_age: Annotated[float, msgspec.Meta(ge=0)] = 600
+    """After how long a client takes a new connection, so that calls come to new instances, too; 0 for never."""
 
 
 class _ServerConnection(FramedConnection):
@@ -269,10 +277,46 @@ class _ClientConnection(FramedConnection):
         self._client = client
         self._read = client.reader(codec.decode_reply)
         self._why: Exception | None = None
+        self._ends: select.poll | None = None
+        self._age: asyncio.TimerHandle | None = None
+        self.owed: set[str] = set()
+        """The calls that an aged connection still has to answer."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        native = transport.get_extra_info("socket")
+        if _RDHUP and native is not None:
+            self._ends = select.poll()
+            self._ends.register(native.fileno(), _RDHUP)
 
     def connection_lost(self, error: Exception | None) -> None:
         super().connection_lost(error)
+        self._ends = None
+        if self._age is not None:
+            self._age.cancel()
         self._client.ended(self, self._why or error)
+
+    @property
+    def gone(self) -> bool:
+        """Whether the peer has hung up, even where the loop has had no time yet to tell."""
+        return self._ends is not None and bool(self._ends.poll(0))
+
+    def grow_old(self, seconds: float) -> None:
+        """Let the client take a new connection after so many seconds, more or less: not all at once."""
+        seconds *= random.uniform(0.8, 1.2)  # noqa: S311 - only to spread them
+        self._age = self._loop.call_later(seconds, self._client.renew, self)
+
+    def retire(self, owed: set[str]) -> None:
+        """Close as soon as these calls have ended."""
+        self.owed = owed
+        self._see_to_end()
+
+    def _see_to_end(self) -> None:
+        self.owed &= self._client.waiting
+        if self.owed:
+            self._age = self._loop.call_later(_LOOK, self._see_to_end)
+        else:
+            self.transport.close()
 
     def take(self, body: bytes) -> None:
         try:
@@ -294,33 +338,77 @@ class _ClientConnection(FramedConnection):
 
 
 class TcpClient(ClientProxy):
-    """Calls a NestJS service or one of ours; connects when first used and again after a loss."""
+    """Calls a NestJS service or one of ours; connects when first used, again after a loss, and anew in time."""
 
     scheme = "tcp"
     Options = Options
+    ages: ClassVar[bool] = True
 
     def __init__(self, address: Address, service: str) -> None:
         super().__init__(address, service)
         self._connection: _ClientConnection | None = None
+        self._aged: set[_ClientConnection] = set()
+        self._renewing: asyncio.Task[None] | None = None
         self._streams: set[_StreamClient] = set()
+
+    def ready(self) -> bool:
+        connection = self._connection
+        if connection is not None and not self._pending and connection.gone:
+            connection.transport.abort()
+            self.ended(connection, None)
+        return super().ready()
 
     def congestion(self) -> asyncio.Future[None] | None:
         return None if self._connection is None else self._connection.congestion()
 
     async def open(self) -> None:
+        self._connection = await self._new_connection()
+
+    async def disconnect(self) -> None:
+        if self._renewing is not None:
+            self._renewing.cancel()
+            await asyncio.wait([self._renewing])
+        for connection in (*self._aged, *([self._connection] if self._connection else [])):
+            connection.flush()
+            connection.transport.close()
+
+    async def _new_connection(self) -> _ClientConnection:
         context = self.options.client_context() if self.address.scheme == "tcps" else None
-        _, self._connection = await asyncio.get_running_loop().create_connection(
+        _, connection = await asyncio.get_running_loop().create_connection(
             partial(_ClientConnection, self),
             self.address.host,
             self.address.port,
             ssl=context,
             server_hostname=(self.options.server_name or self.address.host) if context else None,
         )
+        if self.ages and self.options.max_age:
+            connection.grow_old(self.options.max_age)
+        return connection
 
-    async def disconnect(self) -> None:
-        if self._connection is not None:
-            self._connection.flush()
-            self._connection.transport.close()
+    def renew(self, connection: _ClientConnection) -> None:
+        """Take a new connection in place of one that is old."""
+        if connection is self._connection and (self._renewing is None or self._renewing.done()):
+            self._renewing = self._loop.create_task(self._replace(connection), context=Context())
+
+    async def _replace(self, old: _ClientConnection) -> None:
+        try:
+            async with asyncio.timeout(self.options.connect_timeout):
+                new = await self._new_connection()
+        except (OSError, TimeoutError) as error:
+            logger.info("%s keeps its connection to %s: %s", self.service, self.address, error or "no answer in time")
+            old.grow_old(self.options.connect_timeout)
+            return
+        if self._connection is not old:  # it was lost meanwhile, and whoever called has taken another
+            new.transport.abort()
+            return
+        self._connection = new
+        self._aged.add(old)
+        old.retire(set(self._pending))
+
+    @property
+    def waiting(self) -> Set[str]:
+        """The ids of the calls that wait for an answer."""
+        return self._pending.keys()
 
     def publish(self, request: Request, context: RpcContext) -> None:
         self._hand_over(request)
@@ -360,9 +448,16 @@ class TcpClient(ClientProxy):
 
     def ended(self, connection: _ClientConnection, error: Exception | None) -> None:
         """Take note that a connection is gone."""
+        reason = f"Connection closed: {error}" if error else "Connection closed"
         if connection is self._connection:
             self._connection = None
-            self.lost(f"Connection closed: {error}" if error else "Connection closed")
+            owed = {id: call for aged in self._aged for id in aged.owed if (call := self._pending.pop(id, None))}
+            self.lost(reason)
+            self._pending |= owed
+        elif connection in self._aged:
+            self._aged.discard(connection)
+            for id in connection.owed:
+                self.fail(id, ConnectionLost(reason))
 
     def _hand_over(self, packet: Request | Event) -> _ClientConnection:
         connection = self._connection
@@ -374,6 +469,8 @@ class TcpClient(ClientProxy):
 
 class _StreamClient(TcpClient):
     """The connection of one stream."""
+
+    ages = False
 
     def abandon(self, id: str) -> None:
         # A plain end is what a peer sends that still wants its answers; a reset stops the work.

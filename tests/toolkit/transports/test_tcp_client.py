@@ -1,7 +1,11 @@
 """A TCP client among servers of all manners."""
 
 import asyncio
+import json
+import socket
+import threading
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
@@ -373,3 +377,106 @@ async def test_those_that_wait_for_a_connection_are_bounded_before_and_after_it(
         assert len(waiting) == 2
         await client.close()
         await asyncio.gather(*waiting, return_exceptions=True)
+
+
+# Age
+
+
+class Slow:
+    """A handler that waits until it is told."""
+
+    def __init__(self) -> None:
+        self.gate = asyncio.Event()
+        self.begun = asyncio.Event()
+
+        @message_pattern("slow")
+        async def slow(data: Any) -> Any:
+            self.begun.set()
+            await self.gate.wait()
+            return data
+
+        self.handler = slow
+
+
+@pytest.mark.asyncio
+async def test_a_client_takes_a_new_connection_in_time_and_the_old_one_answers_what_it_owes() -> None:
+    slow = Slow()
+    async with serving(slow.handler, echo) as server, calling(server.port, "?max_age=0.05") as client:
+        first = asyncio.create_task(client.send("slow", "first"))
+        await slow.begun.wait()
+        old = client.unwrap()
+        await until(lambda: client.unwrap() is not old)
+        second = await client.send("echo", "second")
+        slow.gate.set()
+
+        assert (await first, second) == ("first", "second")
+        await until(old.is_closing)
+
+
+@pytest.mark.asyncio
+async def test_an_old_connection_that_is_lost_fails_what_it_owes_and_nothing_else() -> None:
+    slow = Slow()
+    async with serving(slow.handler, echo) as server, calling(server.port, "?max_age=0.05") as client:
+        first = asyncio.create_task(client.send("slow", "first"))
+        await slow.begun.wait()
+        old = client.unwrap()
+        await until(lambda: client.unwrap() is not old)
+        second = asyncio.create_task(client.send("slow", "second"))
+        await asyncio.sleep(0)
+        old.abort()
+
+        with pytest.raises(ConnectionLost):
+            await first
+        slow.gate.set()
+        assert await second == "second"
+
+
+@pytest.mark.asyncio
+async def test_a_new_connection_that_is_lost_leaves_the_old_one_its_own() -> None:
+    slow = Slow()
+    async with serving(slow.handler) as server, calling(server.port, "?max_age=0.05") as client:
+        first = asyncio.create_task(client.send("slow", "first"))
+        await slow.begun.wait()
+        old = client.unwrap()
+        await until(lambda: client.unwrap() is not old)
+        client.unwrap().abort()
+        await until(lambda: status(client) is not Status.CONNECTED)
+        slow.gate.set()
+
+        assert await first == "first"
+
+
+@pytest.mark.asyncio
+async def test_a_client_keeps_its_connection_where_it_gets_no_new_one() -> None:
+    async with serving(echo) as server, calling(server.port, "?max_age=0.05&connect_timeout=0.05") as client:
+        await client.send("echo", 1)
+        old = client.unwrap()
+        assert server._server is not None
+        server._server.close()
+        proxy: Any = client._bound().proxy
+        await until(lambda: proxy._renewing is not None and proxy._renewing.done())
+
+        assert client.unwrap() is old
+        assert await client.send("echo", 2) == 2
+
+
+@pytest.mark.asyncio
+async def test_a_connection_that_its_peer_has_ended_is_not_used_even_before_the_loop_tells() -> None:
+    ended = threading.Event()
+
+    def serve_two(listening: socket.socket) -> None:
+        for _ in range(2):
+            peer, _ = listening.accept()
+            with peer:
+                id = json.loads(peer.recv(1000).partition(b"#")[2])["id"]
+                peer.sendall(framed({"response": "hi", "isDisposed": True, "id": id}))
+            ended.set()
+
+    with socket.create_server(("127.0.0.1", 0)) as listening, ThreadPoolExecutor(1) as pool:
+        serving = pool.submit(serve_two, listening)
+        async with calling(listening.getsockname()[1]) as client:
+            assert await client.send("hello") == "hi"
+            ended.wait(PATIENCE)  # the loop stands still meanwhile
+
+            assert await client.send("hello") == "hi"
+        serving.result(PATIENCE)
