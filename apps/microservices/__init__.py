@@ -22,9 +22,11 @@ if TYPE_CHECKING:
     from .handlers import event_pattern, grpc_method, message_pattern
     from .hybrid import HybridApplication
     from .middleware import Endpoint, Middleware
+    from .resilience.circuit_breaker import CircuitBreaker
 
 # Handed out on first use, so that the floors below the settings can be imported without Django.
 _HOMES = {
+    "CircuitBreaker": "resilience.circuit_breaker",
     "ConfigurationError": "exceptions",
     "ConnectionLost": "exceptions",
     "DeadlineExceeded": "exceptions",
@@ -46,6 +48,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "CircuitBreaker",
     "ConfigurationError",
     "ConnectionLost",
     "DeadlineExceeded",
