@@ -6,6 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,9 +20,12 @@ from microservices.exceptions import RpcException, Unavailable
 from microservices.resilience.policies import Plan
 from microservices.transports import Address, parse
 from microservices.transports.base import ClientProxy, Status
+from microservices.transports.grpc import GrpcClient, GrpcServer
 from microservices.transports.tcp import TcpClient, TcpServer
 from tests.toolkit.conftest import service
 from tests.toolkit.transports.contract import PATIENCE, TransportContract
+from tests.toolkit.transports.test_grpc import address as grpc_address
+from tests.toolkit.transports.test_grpc import doors_opened
 
 NOBODY = "tcp://127.0.0.1:1"
 
@@ -173,3 +177,34 @@ async def test_one_that_fails_is_left_out() -> None:
                 failed += 1
 
     assert 0 < failed <= 5
+
+
+@pytest.mark.asyncio
+async def test_calls_by_grpc_go_to_all_of_them_and_past_nobody(tmp_path: Path) -> None:
+    served: list[GrpcServer] = []
+    rpcs: dict[str, str] = {}
+    for name in ("a", "b"):
+        handlers = named(name)
+        rpcs = doors_opened(handlers, tmp_path)
+        server = GrpcServer(grpc_address(0, tmp_path), service(*handlers))
+        await server.listen()
+        served.append(server)
+    ports = (1, *(each.port for each in served))  # at the first there is nobody
+    places = {str(place): place for place in (grpc_address(port, tmp_path, rpcs=rpcs) for port in ports)}
+    balancer = Balancer("shop", places)
+    client = Client("shop", lambda: Balanced(balancer, lambda url: GrpcClient(places[url], "shop")))
+    async with asyncio.timeout(PATIENCE):
+        answers = Counter([await client.send("who") for _ in range(60)])
+    await client.close()
+    for server in served:
+        await server.close(0)
+
+    assert set(answers) == {"a", "b"}
+
+
+def named(name: str) -> tuple[Any, ...]:
+    @message_pattern("who")
+    async def who() -> str:
+        return name
+
+    return (who,)
