@@ -136,11 +136,12 @@ class Balanced:
         failed: bool | None = None
         try:
             yield self._proxy(instance.url)
+            failed = False
         except RpcException as error:
-            failed = _failed(error) or None
+            failed = _failed(error)
             raise
         finally:
-            balancer.done(instance, 0, failed)
+            balancer.done(instance, None, failed)
 
     def _proxy(self, url: str) -> ClientProxy:
         proxy = self._proxies.get(url)

@@ -99,8 +99,8 @@ class Balancer:
         instance.pending += 1
         return instance
 
-    def done(self, instance: Instance, seconds: float, failed: bool | None) -> None:
-        """Note that a call has ended after so many seconds; `failed` is None where that says nothing of it."""
+    def done(self, instance: Instance, seconds: float | None, failed: bool | None) -> None:
+        """Note that a call has ended after so many seconds; either is None where it says nothing of the instance."""
         now = self.clock()
         instance.pending -= 1
         if failed is None:
@@ -108,9 +108,12 @@ class Balancer:
                 instance.trying = False
                 self._review_at = now  # the next call tries it
             return
-        instance.observe(now, max(seconds, FAILED) if failed else seconds)
+        if failed:
+            instance.observe(now, max(seconds or 0, FAILED))
+        elif seconds is not None:
+            instance.observe(now, seconds)
         if instance.out:
-            self._learn(instance, now, now - seconds, failed=failed)
+            self._learn(instance, now, now - (seconds or 0), failed=failed)
             return
         instance.count(now, failed=failed)
         if failed:

@@ -198,6 +198,18 @@ def test_a_trial_that_is_given_up_is_followed_by_another(clock: Clock) -> None:
     assert balancer.choose() is trial
 
 
+def test_what_is_not_timed_brings_an_instance_back_too(clock: Clock) -> None:
+    balancer = over(clock, "a", "b")
+    fail(balancer, "a", 5)
+    clock.now += 1
+    before = balancer.instances["a"].latency(clock.now)
+
+    balancer.done(balancer.choose(), None, failed=False)
+
+    assert balancer.out == []
+    assert balancer.instances["a"].latency(clock.now) == before
+
+
 def test_a_trial_does_not_go_where_the_call_has_just_been(clock: Clock) -> None:
     balancer = over(clock, "a", "b")
     fail(balancer, "a", 5)
