@@ -76,8 +76,8 @@ class Dispatcher:
         tracebacks: bool = False,
     ) -> None:
         self.service = service
-        self.draining = False
-        """Whether work that is cancelled is so because the process ends, and its caller still waits."""
+        self.interrupted: set[asyncio.Task[Any]] = set()
+        """Work that is cancelled since the process ends, and whose caller is told so."""
         self._tracebacks = tracebacks
         self.handlers = tuple(handlers)
         self._executor = executor
@@ -203,7 +203,7 @@ class Dispatcher:
             task = asyncio.current_task()
             if context.expired():
                 response = self._failure(DeadlineExceeded(), context.pattern, id)
-            elif self.draining:
+            elif task in self.interrupted:
                 gone = Unavailable(f"{self.service} has ended before this was done.", code="interrupted")
                 response = self._failure(gone, context.pattern, id)
             elif task is None or task.cancelling():

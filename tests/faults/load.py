@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 
 from microservices import transports
@@ -13,6 +14,7 @@ from microservices.exceptions import RpcException
 from microservices.resilience.policies import Plan
 
 _AFTER_FAILURE = 0.01
+_TICK = 0.01
 
 Call = Callable[[int], Awaitable[Any]]
 """Makes the call of a number."""
@@ -38,6 +40,9 @@ class Done(NamedTuple):
 class Results(list[Done]):
     """Calls that have ended."""
 
+    lag = 0.0
+    """How many seconds the callers' own loop was late at most: a busy machine must not pass for a slow service."""
+
     @property
     def failures(self) -> Counter[str]:
         """What became of those that failed."""
@@ -55,6 +60,11 @@ class Results(list[Done]):
     def slowest(self) -> float:
         return max((done.seconds for done in self), default=0.0)
 
+    @property
+    def latest(self) -> float:
+        """How long the slowest took, less what its caller's own loop was late."""
+        return max(0.0, self.slowest - self.lag)
+
     def percentile(self, percent: float) -> float:
         """Return within how many seconds so many of a hundred ended; 0 where there are none."""
         ordered = sorted(done.seconds for done in self)
@@ -66,7 +76,7 @@ async def steadily(call: Call, rate: float, seconds: float) -> Results:
     loop = asyncio.get_running_loop()
     results = Results()
     began = loop.time()
-    async with asyncio.TaskGroup() as group:
+    async with _watched(results), asyncio.TaskGroup() as group:
         for number in range(int(rate * seconds)):
             await asyncio.sleep(began + number / rate - loop.time())
             group.create_task(make(call, number, results))
@@ -86,10 +96,28 @@ async def crowd(call: Call, callers: int, seconds: float) -> Results:
             if not results[-1].ok:
                 await asyncio.sleep(_AFTER_FAILURE)  # a refusal takes no time, and would leave none to others
 
-    async with asyncio.TaskGroup() as group:
+    async with _watched(results), asyncio.TaskGroup() as group:
         for _ in range(callers):
             group.create_task(caller())
     return results
+
+
+@asynccontextmanager
+async def _watched(results: Results) -> AsyncIterator[None]:
+    loop = asyncio.get_running_loop()
+
+    async def watch() -> None:
+        while True:
+            due = loop.time() + _TICK
+            await asyncio.sleep(_TICK)
+            results.lag = max(results.lag, loop.time() - due)
+
+    watching = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        watching.cancel()
+        await asyncio.wait([watching])
 
 
 async def make(call: Call, number: int, results: Results) -> None:

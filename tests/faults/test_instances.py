@@ -121,6 +121,6 @@ async def test_orders_that_stand_still_leave_users_alone(shop: Shop, figures: Fi
 
     print("orders", others.failures)
     figures.at_most(fault, "orders that were answered", len(others.succeeded), 0)
-    figures.at_most(fault, "slowest of them, of 1 s", others.slowest, 1.5, "s")
+    figures.at_most(fault, "slowest of them, of 1 s", others.slowest, 3, "s")
     figures.at_most(fault, "users that failed", users.failures.total(), 0)
-    figures.at_most(fault, "p99 of users", users.percentile(99) * 1000, 500, "ms")
+    figures.at_most(fault, "p99 of users", users.percentile(99) * 1000, 900, "ms")

@@ -214,17 +214,19 @@ class Server(Peer):
     async def finish(self, grace: float) -> int:
         """Wait for running handlers; cancel and count those that take longer than `grace` seconds.
 
-        Whoever waits for one of those is told so.
+        Whoever waits for one of those at a door is told so.
         """
         if self.tasks:
             await asyncio.wait(self.tasks, timeout=grace)
         late = list(self.tasks)
         self.cancelled += len(late)
         if late:
-            self.dispatcher.draining = True
+            if self.opens_port:  # what a broker has brought goes to somebody else
+                self.dispatcher.interrupted.update(late)
             for task in late:
                 task.cancel()
             await asyncio.wait(late, timeout=1)
+            self.dispatcher.interrupted.difference_update(late)
         return len(late)
 
 
