@@ -20,8 +20,10 @@ from microservices.exceptions import DeadlineExceeded, NoHandler, RpcException, 
 from microservices.resilience.policies import Plan
 from microservices.transports import Address, parse
 from microservices.transports.base import ClientProxy, Status
+from microservices.transports.grpc import GrpcClient, GrpcServer
 from microservices.transports.tcp import TcpClient, TcpServer
 from tests.toolkit.conftest import service
+from tests.toolkit.transports import test_grpc
 from tests.toolkit.transports.contract import PATIENCE, TransportContract
 
 NOBODY = "tcp://127.0.0.1:1"
@@ -42,6 +44,15 @@ class TestBalanced(TransportContract):
 
     def proxy(self, dispatcher: Dispatcher, server: TcpServer) -> ClientProxy:
         return over(NOBODY, f"tcp://127.0.0.1:{server.port}")  # type: ignore[return-value] - it does all that one does
+
+
+class TestBalancedGrpc(test_grpc.TestGrpc):
+    def proxy(self, dispatcher: Dispatcher, server: GrpcServer) -> ClientProxy:
+        balancer = Balancer("shop", [f"grpc://127.0.0.1:{port}" for port in (1, server.port)])
+        return Balanced(  # type: ignore[return-value]
+            balancer,
+            lambda url: GrpcClient(test_grpc.address(parse(url).port, self.folder, rpcs=self.rpcs), "shop"),
+        )
 
 
 class Named:
