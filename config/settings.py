@@ -114,6 +114,8 @@ MICROSERVICES = {
     "CALL_TIMEOUT": number("CALL_TIMEOUT", 5.0),
     "DRAIN_TIMEOUT": number("DRAIN_TIMEOUT", 30.0),
     "DRAIN_PAUSE": number("DRAIN_PAUSE", 0.0 if DEBUG else 5.0),
+    # A debugger holds the loop for longer than any watchdog would take.
+    "WATCHDOG": number("WATCHDOG", 0.0 if DEBUG else 30.0),
     "INSECURE_DOORS": env.bool("INSECURE_DOORS", default=False),
     "INSECURE_BROKERS": env.bool("INSECURE_BROKERS", default=False),
     "HEARTBEAT": number("HEARTBEAT", 5.0),

@@ -73,6 +73,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="
     drain_timeout: Seconds = 30.0
     drain_pause: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     """How long a process that stops goes on taking calls, for routers to learn of it; part of DRAIN_TIMEOUT."""
+    watchdog: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    """After how many seconds without a turn of its event loop a process is ended; 0 for never."""
     server_limit: Annotated[int, msgspec.Meta(ge=0)] = 200
     """The most requests that a service works on at a time; how many it takes on, it learns. 0 for any number."""
     http_limit: Annotated[int, msgspec.Meta(ge=0)] = 200

@@ -15,7 +15,7 @@ from msgspec import UNSET, Raw, UnsetType
 
 from .context import NO_HEADERS, RpcContext, current, deadline_on_wire, given_up
 from .deadlines import Deadlines
-from .exceptions import INTERNAL, TRACEBACK, DeadlineExceeded, NoHandler, RpcException
+from .exceptions import INTERNAL, TRACEBACK, DeadlineExceeded, NoHandler, RpcException, Unavailable
 from .executor import Executor, Lender, lender
 from .handlers import Colour, Delivery, Door, Handler
 from .instruments import dropped
@@ -76,6 +76,8 @@ class Dispatcher:
         tracebacks: bool = False,
     ) -> None:
         self.service = service
+        self.draining = False
+        """Whether work that is cancelled is so because the process ends, and its caller still waits."""
         self._tracebacks = tracebacks
         self.handlers = tuple(handlers)
         self._executor = executor
@@ -201,6 +203,9 @@ class Dispatcher:
             task = asyncio.current_task()
             if context.expired():
                 response = self._failure(DeadlineExceeded(), context.pattern, id)
+            elif self.draining:
+                gone = Unavailable(f"{self.service} has ended before this was done.", code="interrupted")
+                response = self._failure(gone, context.pattern, id)
             elif task is None or task.cancelling():
                 raise
             else:  # what the handler awaited was cancelled, and its caller still waits

@@ -175,6 +175,13 @@ class ConnectionLost(Unavailable):
         super().__init__(message, code="connection-lost")
 
 
+class Draining(RpcException):
+    """The service is about to end, and has not done the work."""
+
+    def __init__(self, service: str) -> None:
+        super().__init__({"statusCode": 503, "code": "draining", "message": f"{service} is about to end."})
+
+
 class DeadlineExceeded(RpcException):
     """No answer in time; whether the service did the work is unknown."""
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import datetime
+import logging
+import random
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
@@ -19,10 +21,15 @@ from health_check.views import HealthCheckView
 
 from .context import RpcContext
 from .db import fresh_connections
+from .exceptions import ConfigurationError
 from .executor import Executor
 from .lifecycle import lifecycle
 from .microservice import Microservice
 from .transports.base import Status
+
+logger = logging.getLogger("microservices")
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 5.0
 
 
 @dataclasses.dataclass(repr=False)
@@ -129,6 +136,30 @@ class HealthView(HealthCheckView):
         if self.tells_services:
             body["services"] = [_service(microservice) for microservice in lifecycle.microservices]
         return JsonResponse(body, status=503 if failed else 200)
+
+
+async def until_databases_serve() -> None:
+    """Wait until all databases of this process can be used. Raises ConfigurationError where one lacks migrations.
+
+    One that is away may come back, and is asked again after longer and longer pauses; a schema that is behind
+    is somebody's mistake, and nothing is migrated here.
+    """
+    for alias in filter(_is_used, connections):
+        pause, told = _FIRST_PAUSE, ""
+        while True:
+            try:
+                await ServiceDatabase(alias=alias).run()
+                break
+            except ServiceUnavailable as error:
+                if str(error) != told:
+                    told = str(error)
+                    logger.warning("waiting for the database %s: %s", alias, error)
+            await asyncio.sleep(pause * random.uniform(0.5, 1))  # noqa: S311 - only to spread them
+            pause = min(pause * 2, _LONGEST_PAUSE)
+        try:
+            await Migrated(alias=alias).run()
+        except ServiceUnavailable as error:
+            raise ConfigurationError(f"Database {alias}: {error}. Run: manage.py migrate --database {alias}") from error
 
 
 def health_urls() -> list[URLPattern]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter as _Counter
 from typing import NamedTuple
 
@@ -40,7 +41,30 @@ class Counter:
         return dict(self._values)
 
 
+class Histogram:
+    """How often a value was at most so much, one row per combination of labels; `buckets` grow."""
+
+    def __init__(self, name: str, help: str, labels: tuple[str, ...], buckets: tuple[float, ...]) -> None:
+        self.name = name
+        self.help = help
+        self.labels = labels
+        self.buckets = buckets
+        self._rows: dict[tuple[str, ...], tuple[list[int], list[float]]] = {}
+        histograms.append(self)
+
+    def observe(self, value: float, *labels: str) -> None:
+        """Count a value under these label values, given in the order of `labels`."""
+        counts, total = self._rows.setdefault(labels, ([0] * (len(self.buckets) + 1), [0.0]))
+        counts[bisect_left(self.buckets, value)] += 1
+        total[0] += value
+
+    def samples(self) -> dict[tuple[str, ...], tuple[list[int], float]]:
+        """Return by label values how many fell into each bucket, the last one without a bound; and their sum."""
+        return {labels: (list(counts), total[0]) for labels, (counts, total) in self._rows.items()}
+
+
 counters: list[Counter] = []
+histograms: list[Histogram] = []
 """All there are."""
 
 dropped = Counter("microservices_dropped_total", "Messages given up without an answer.", ("service", "place", "reason"))

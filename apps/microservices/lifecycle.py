@@ -9,8 +9,10 @@ import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from contextvars import Context
 from enum import StrEnum
+from types import FrameType
 from typing import Any
 
 from . import conf, transports
@@ -20,11 +22,14 @@ from .discovery.registry import Heartbeat, Report
 from .microservice import Microservice, get_executor, get_microservice, services_here
 from .reports import Reporter
 from .transports.base import Server
+from .watchdog import Watchdog
 
 logger = logging.getLogger("microservices")
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 BEATS_KEPT = "1000"
+OVERDUE = 5.0
+"""Seconds beyond DRAIN_TIMEOUT after which the watchdog ends the process."""
 
 
 class State(StrEnum):
@@ -59,6 +64,8 @@ class Lifecycle:
         self._bus: Client | None = None
         self._heartbeat: Heartbeat | None = None
         self._beating: asyncio.Task[None] | None = None
+        self.watchdog = Watchdog("")
+        self._watching: asyncio.Task[None] | None = None
 
     @property
     def ready(self) -> bool:
@@ -76,6 +83,16 @@ class Lifecycle:
         return max(0.5, self._end - time.monotonic())
 
     @property
+    def patience(self) -> float:
+        """Seconds after which work that still runs is cancelled; a sixth of the grace is kept for what follows."""
+        return max(0.0, self.remaining - self.grace / 6)
+
+    @property
+    def cancelled(self) -> int:
+        """How many handlers were not waited for to their end."""
+        return sum(microservice.cancelled for microservice in self.microservices)
+
+    @property
     def uptime(self) -> float:
         """Seconds since the process was set up."""
         return time.monotonic() - self.started_at
@@ -87,6 +104,8 @@ class Lifecycle:
         """
         settings = get_settings()
         self.state = State.STARTING
+        self.watchdog = Watchdog(settings.name, settings.watchdog)
+        self._watching = asyncio.create_task(self.watchdog.watch(), context=Context(), name="watchdog")
         clients.settle(asyncio.get_running_loop())
         self.microservices = [get_microservice(name) for name in services_here()]
         doors: dict[str, Server] = {}
@@ -112,9 +131,15 @@ class Lifecycle:
             self._begin_to_beat(settings, open_urls)
 
     async def drain(self) -> None:
-        """Take no more messages and finish the running ones within DRAIN_TIMEOUT."""
+        """Take no more messages and finish the running ones within DRAIN_TIMEOUT.
+
+        First nothing more is fetched from brokers; calls are taken for DRAIN_PAUSE, until all know that they should
+        go elsewhere; then the doors close, and what is at work is waited for (operations.md section 8).
+        """
+        settings = get_settings()
         self.state = State.DRAINING
         self._end = time.monotonic() + self.grace
+        self.watchdog.limit(self.grace + OVERDUE)
         await self._announce(False)
         if self._heartbeat is not None:
             await self._heartbeat.tell("draining")
@@ -122,8 +147,12 @@ class Lifecycle:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        consumers = asyncio.gather(*(each.stop_consuming(self.patience) for each in self.microservices))
+        if self.started:
+            await asyncio.sleep(min(settings.drain_pause, self.grace / 2))
         await asyncio.gather(
-            *(microservice.close(self.grace) for microservice in self.microservices),
+            consumers,
+            *(microservice.close(self.patience) for microservice in self.microservices),
             *(self._leave(leave) for leave in tuple(self.on_drain)),
         )
 
@@ -135,6 +164,10 @@ class Lifecycle:
         for microservice in self.microservices:
             await microservice.finish()
         clients.settle(None)
+        watching, self._watching = self._watching, None
+        if watching is not None:
+            watching.cancel()
+            await asyncio.wait([watching])
         self.state = State.STOPPED
 
     def _begin_to_beat(self, settings: Settings, doors: Mapping[str, Sequence[str]]) -> None:
@@ -207,23 +240,27 @@ lifecycle = Lifecycle()
 
 def exit_now(code: int) -> None:
     """End the process without waiting for threads that are still at work."""
-    logging.shutdown()
-    sys.stdout.flush()
+    # It may be called between any two steps of the main thread, in the middle of a write, too.
+    with suppress(Exception):
+        logging.shutdown()
+        sys.stdout.flush()
     os._exit(code)
 
 
 async def until_signalled(at_once: Callable[[], None] = lambda: None) -> signal.Signals:
-    """Wait for SIGTERM or SIGINT; a second one calls `at_once` and ends the process."""
+    """Wait for SIGTERM or SIGINT; a second one calls `at_once` and ends the process, even where the loop is stuck."""
     loop = asyncio.get_running_loop()
     received: asyncio.Future[signal.Signals] = loop.create_future()
+    signals: list[int] = []
 
-    def on_signal(number: signal.Signals) -> None:
-        if received.done():
+    def on_signal(number: int, _: FrameType | None) -> None:
+        signals.append(number)
+        if len(signals) > 1:
             at_once()
             exit_now(128 + number)
-        else:
-            received.set_result(number)
+        loop.call_soon_threadsafe(received.set_result, signal.Signals(number))
 
+    # Not the loop's own way, which waits for its next turn.
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal, number)
+        signal.signal(number, on_signal)
     return await received

@@ -5,11 +5,12 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterator
 from functools import cache
+from itertools import accumulate
 
 from django.http import HttpRequest, HttpResponse
 from django.urls import URLPattern, path
 from prometheus_client import CollectorRegistry, ProcessCollector
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
@@ -43,6 +44,12 @@ class Readings(Collector):
             for labels, value in counter.samples().items():
                 counted.add_metric(labels, value)
             yield counted
+        for histogram in instruments.histograms:
+            measured = HistogramMetricFamily(histogram.name, histogram.help, labels=histogram.labels)
+            for labels, (counts, total) in histogram.samples().items():
+                bounds = [*map(str, histogram.buckets), "+Inf"]
+                measured.add_metric(labels, list(zip(bounds, accumulate(counts), strict=True)), total)
+            yield measured
         yield from self._bounds()
         yield from self._policies()
         info = GaugeMetricFamily("microservices_build_info", "Always 1.", labels=("service", "python"))

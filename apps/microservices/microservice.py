@@ -44,6 +44,8 @@ class Microservice:
         self.servers: list[Server] = []
         self.shared: list[Server] = []
         """Doors that another service of this process has opened, and will close."""
+        self.cancelled = 0
+        """How many handlers were not waited for to their end."""
 
     async def listen(self, urls: Sequence[str] | None = None, doors: dict[str, Server] | None = None) -> None:
         """Hear the bus, and open the doors: all, or those of `urls`.
@@ -81,10 +83,20 @@ class Microservice:
             doors[str(address)] = server
         logger.info("%s listens on %s", self.name, address)
 
+    async def stop_consuming(self, grace: float) -> None:
+        """Fetch nothing more from brokers; what is at work has `grace` seconds to finish."""
+        consumers = [server for server in self.servers if not server.opens_port]
+        self.servers = [server for server in self.servers if server.opens_port]
+        await self._close(consumers, grace)
+
     async def close(self, grace: float) -> None:
         """Close all doors; running handlers have `grace` seconds to finish."""
         servers, self.servers, self.shared = self.servers, [], []
+        await self._close(servers, grace)
+
+    async def _close(self, servers: Sequence[Server], grace: float) -> None:
         await asyncio.gather(*(server.close(grace) for server in servers))
+        self.cancelled += sum(server.cancelled for server in servers)
 
     async def finish(self) -> None:
         """End the consumers. Call it when nobody delivers to them any more."""

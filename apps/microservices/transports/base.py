@@ -129,6 +129,8 @@ class Server(Peer):
         """Whether events come this way, too."""
         self.tasks: set[asyncio.Task[Any]] = set()
         """What is worked on; closing waits for it."""
+        self.cancelled = 0
+        """How many of them were not waited for to the end."""
         self._space: asyncio.Future[None] | None = None
 
     @abstractmethod
@@ -210,13 +212,18 @@ class Server(Peer):
             space.set_result(None)
 
     async def finish(self, grace: float) -> int:
-        """Wait for running handlers; cancel and count those that take longer than `grace` seconds."""
+        """Wait for running handlers; cancel and count those that take longer than `grace` seconds.
+
+        Whoever waits for one of those is told so.
+        """
         if self.tasks:
             await asyncio.wait(self.tasks, timeout=grace)
         late = list(self.tasks)
-        for task in late:
-            task.cancel()
+        self.cancelled += len(late)
         if late:
+            self.dispatcher.draining = True
+            for task in late:
+                task.cancel()
             await asyncio.wait(late, timeout=1)
         return len(late)
 

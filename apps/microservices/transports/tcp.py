@@ -9,7 +9,7 @@ import select
 import socket
 import ssl
 import struct
-from collections.abc import AsyncGenerator, Set
+from collections.abc import AsyncGenerator, Callable, Set
 from contextlib import aclosing, suppress
 from contextvars import Context
 from functools import partial
@@ -20,10 +20,10 @@ from msgspec import UNSET, Raw
 
 from .. import codec
 from ..context import RpcContext
-from ..dispatcher import Dispatcher
-from ..exceptions import ConnectionLost, FrameError, PacketError, Unavailable
+from ..dispatcher import Dispatcher, Replier
+from ..exceptions import ConnectionLost, Draining, FrameError, PacketError, Unavailable
 from ..instruments import Bound, dropped
-from ..packets import Event, Request
+from ..packets import Event, Packet, Request, Response
 from . import Address, Count, Seconds, sockets
 from .base import ClientProxy, Server, Status
 from .frames import FramedConnection
@@ -34,6 +34,8 @@ logger = logging.getLogger("microservices.tcp")
 _LIMIT = 1024 * 1024
 _LOOK = 1.0
 """Seconds from one look to the next whether an aged connection has answered all that it owes."""
+_PARTING = 0.1
+"""Seconds for which a door that closes still tells those who ask that it does."""
 _RDHUP = getattr(select, "POLLRDHUP", 0)
 
 
@@ -64,7 +66,7 @@ class _ServerConnection(FramedConnection):
         self._options = options
         self._max_in_flight = options.max_in_flight
         self._read = server.reader(codec.decode_packet)
-        self._dispatch = server.dispatcher.dispatch
+        self._dispatch: Callable[..., asyncio.Task[Any] | None] = server.dispatcher.dispatch
         self._running = 0
         self._awaited: set[asyncio.Task[None]] = set()
         self._half_frame: asyncio.TimerHandle | None = None
@@ -146,10 +148,16 @@ class _ServerConnection(FramedConnection):
         self._active_at = self._loop.time()
         super().resume_writing()
 
-    def stop_reading(self) -> None:
-        """Take no further request; running ones are still answered."""
-        self._no_more = self.busy = True
-        self.hold()
+    def turn_away(self) -> None:
+        """Begin nothing more: whoever asks is told so, and may ask elsewhere. What runs is still answered."""
+        self._dispatch = self._refuse
+
+    def _refuse(self, packet: Packet, reply: Replier, **facts: Any) -> asyncio.Task[Any] | None:
+        if packet.id is UNSET:
+            return self._server.dispatcher.dispatch(packet, reply, **facts)  # an event's sender hears nothing
+        dropped.add(self._server.dispatcher.service, "tcp", "draining")
+        reply(Response(err=Draining(self._server.dispatcher.service).to_wire(), is_disposed=True, id=packet.id))
+        return None
 
     def is_busy(self) -> bool:
         return self._no_more or self._writable is not None or self._running >= self._max_in_flight
@@ -207,18 +215,22 @@ class TcpServer(Server):
                 await asyncio.sleep(self.options.retry_delay)
 
     async def close(self, grace: float) -> None:
+        loop = asyncio.get_running_loop()
+        end = loop.time() + grace
         self.closing = True
         if self._server is not None:
             self._server.close()
         for connection in list(self._connections):
-            connection.stop_reading()
-        end = asyncio.get_running_loop().time() + grace
+            connection.turn_away()
         await self.finish(grace)
+        if self._connections and grace:
+            # For those who ask in this moment: a connection that ends under a request leaves its fate unknown.
+            await asyncio.sleep(min(_PARTING, end - loop.time()))
         for connection in list(self._connections):
             connection.flush()
             connection.transport.close()  # when it has sent what it holds
         with suppress(TimeoutError):
-            async with asyncio.timeout_at(max(end, asyncio.get_running_loop().time() + 0.1)):
+            async with asyncio.timeout_at(max(end, loop.time() + 0.1)):
                 while self._connections:
                     self._empty.clear()
                     await self._empty.wait()
@@ -324,6 +336,8 @@ class _ClientConnection(FramedConnection):
         except (PacketError, msgspec.DecodeError, UnicodeDecodeError) as error:
             raise FrameError(f"Could not parse JSON: {error}") from error
         full = self._client.receive(reply)
+        if reply.err:
+            self._client.heard(reply.err, self)
         if full is not None and not self.busy:
             self.busy = True
             full.add_done_callback(self._has_room)
@@ -445,6 +459,14 @@ class TcpClient(ClientProxy):
 
     def unwrap(self) -> asyncio.Transport | None:
         return self._connection.transport if self._connection is not None else None
+
+    def heard(self, err: Any, connection: _ClientConnection) -> None:
+        """Ask nothing more of a peer that is about to end: the next call takes a new connection."""
+        if connection is self._connection and isinstance(err, dict) and err.get("code") == "draining":
+            self._connection = None
+            self.status = Status.DISCONNECTED
+            self._aged.add(connection)
+            connection.retire(set(self._pending))
 
     def ended(self, connection: _ClientConnection, error: Exception | None) -> None:
         """Take note that a connection is gone."""

@@ -479,7 +479,39 @@ async def test_closing_does_not_wait_for_handlers_longer_than_it_may() -> None:
         await server.close(0.05)
 
         assert cancelled.is_set()
+        told = await peer.hear()
+        assert told is not None
+        assert (told["id"], told["err"]["statusCode"], told["err"]["code"]) == ("1", 503, "interrupted")
         assert await peer.hear() is None
+
+
+@pytest.mark.asyncio
+async def test_whoever_asks_a_door_that_closes_is_told_so_and_nothing_is_begun() -> None:
+    gate, started, begun = asyncio.Event(), asyncio.Event(), 0
+
+    @message_pattern("slow")
+    async def slow() -> str:
+        nonlocal begun
+        begun += 1
+        started.set()
+        await gate.wait()
+        return "done"
+
+    async with serving(slow) as server, connection(server.port) as peer:
+        await peer.say(asked("slow", id="first"))
+        await started.wait()
+        closing = asyncio.create_task(server.close(PATIENCE))
+        await asyncio.sleep(0)
+        await peer.say(asked("slow", id="second"))
+        told = await peer.hear()
+        gate.set()
+        answer = await peer.hear()
+        await closing
+
+    assert told is not None
+    assert (told["id"], told["err"]["statusCode"], told["err"]["code"]) == ("second", 503, "draining")
+    assert answer == {"response": "done", "isDisposed": True, "id": "first"}
+    assert begun == 1
 
 
 class CountedTransport:

@@ -480,3 +480,22 @@ async def test_a_connection_that_its_peer_has_ended_is_not_used_even_before_the_
 
             assert await client.send("hello") == "hi"
         serving.result(PATIENCE)
+
+
+@pytest.mark.asyncio
+async def test_a_client_takes_a_new_connection_after_it_was_told_that_the_peer_ends() -> None:
+    slow = Slow()
+    async with serving(slow.handler, echo) as first, calling(first.port) as client:
+        owed = asyncio.create_task(client.send("slow", "owed"))
+        await slow.begun.wait()
+        closing = asyncio.create_task(first.close(PATIENCE))
+        await asyncio.sleep(0)
+        with pytest.raises(RpcException) as told:
+            await client.send("echo", 1)
+        slow.gate.set()
+
+        assert told.value.code == "draining"
+        assert await owed == "owed"
+        await closing
+        with pytest.raises(Unavailable, match="cannot be reached"):
+            await client.send("echo", 2)

@@ -14,6 +14,7 @@ from django.utils.module_loading import import_string
 from ... import serving
 from ...conf import get_settings
 from ...exceptions import ConfigurationError
+from ...health import until_databases_serve
 from ...supervisor import workers as supervisor
 
 
@@ -41,12 +42,15 @@ class Command(BaseCommand):
     def serve(self, host: str, port: int | None, workers: int, urls: Mapping[str, Sequence[str]] | None = None) -> None:
         """Run until the process is told to stop, alone or by workers; `urls` are the doors in place of the map's."""
         try:
-            if workers == 1:
-                serving.run(import_string(settings.ASGI_APPLICATION), host, port, page=self.page, urls=urls)
-            elif code := supervisor.run(workers, host, port, urls):
-                sys.exit(code)
+            if workers > 1:
+                code = supervisor.run(workers, host, port, urls)
+            else:
+                application = import_string(settings.ASGI_APPLICATION)
+                code = serving.run(application, host, port, page=self.page, urls=urls, prepare=until_databases_serve)
         except ConfigurationError as error:
             raise CommandError(str(error)) from error
+        if code:
+            sys.exit(code)
 
 
 def workers(text: str) -> int:
