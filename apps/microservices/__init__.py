@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .client import clients
     from .consumers import EventConsumer, EventRouter
     from .context import RpcContext
+    from .discovery.balancer import Balancer
     from .exceptions import (
         ConfigurationError,
         ConnectionLost,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 # Handed out on first use, so that the floors below the settings can be imported without Django.
 _HOMES = {
+    "Balancer": "discovery.balancer",
     "ConfigurationError": "exceptions",
     "ConnectionLost": "exceptions",
     "DeadlineExceeded": "exceptions",
@@ -46,6 +48,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Balancer",
     "ConfigurationError",
     "ConnectionLost",
     "DeadlineExceeded",

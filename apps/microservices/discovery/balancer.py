@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from ..exceptions import ConfigurationError
 from ..instruments import Counter
-from .choosers import CHOOSERS
+from . import choosers
 from .instances import Instance
 
 logger = logging.getLogger("microservices.balancer")
@@ -50,14 +50,12 @@ class Balancer:
         clock: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
     ) -> None:
-        if chooser not in CHOOSERS:
-            raise ConfigurationError(f"{target}: no chooser {chooser!r}; there are {', '.join(CHOOSERS)}.")
         self.target = target
         self.clock = clock
         self._source = source
         rng = rng or random.Random()  # noqa: S311 - spreads calls
         self._chance = rng.random
-        self._choose = CHOOSERS[chooser](rng)
+        self._choose = choosers.find(chooser)(rng)
         self.instances: dict[str, Instance] = {url: Instance(url, clock()) for url in urls}
         self._usable: Sequence[Instance] = list(self.instances.values())
         self._review_at = float("inf")

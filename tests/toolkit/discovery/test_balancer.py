@@ -346,7 +346,7 @@ def test_a_failure_is_charged_a_second_and_forgotten_as_time_goes_by(clock: Cloc
 
 
 def test_a_chooser_that_is_not_known_is_told_of(clock: Clock) -> None:
-    with pytest.raises(ConfigurationError, match="no chooser 'best'; there are two-choices"):
+    with pytest.raises(ConfigurationError, match="no chooser 'best'; there are two-choices, "):
         over(clock, "a", chooser="best")
     with pytest.raises(ConfigurationError, match="users has no address"):
         over(clock)
