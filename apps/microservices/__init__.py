@@ -23,10 +23,12 @@ if TYPE_CHECKING:
     from .handlers import event_pattern, grpc_method, message_pattern
     from .hybrid import HybridApplication
     from .middleware import Endpoint, Middleware
+    from .resilience.circuit_breaker import CircuitBreaker
 
 # Handed out on first use, so that the floors below the settings can be imported without Django.
 _HOMES = {
     "Balancer": "discovery.balancer",
+    "CircuitBreaker": "resilience.circuit_breaker",
     "ConfigurationError": "exceptions",
     "ConnectionLost": "exceptions",
     "DeadlineExceeded": "exceptions",
@@ -49,6 +51,7 @@ _HOMES = {
 
 __all__ = [
     "Balancer",
+    "CircuitBreaker",
     "ConfigurationError",
     "ConnectionLost",
     "DeadlineExceeded",

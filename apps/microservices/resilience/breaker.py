@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 import time
 from collections.abc import Callable
+from copy import copy
 from enum import StrEnum
 from typing import Any
 
@@ -58,7 +60,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     trials: int = 3
     """How many calls must succeed for it to close."""
     trial_timeout: float = 10.0
-    """How long trials may take in all: one that hangs must not keep it from both ends."""
+    """How long a trial may take: one that hangs must not keep it from both ends."""
+    warm_up: bool = False
+    """Whether it stays closed in its first window, whatever happens there."""
 
 
 class Circuit:
@@ -85,7 +89,8 @@ class Circuit:
         """Grows with each transition: calls begun in another epoch change nothing."""
         self._until = 0.0
         self._openings = 0
-        self._begun = self._passed = 0
+        self._begun = self._passed = self._under_way = 0
+        self._warm_until: float = math.nan if options.warm_up else -math.inf
         self._forget()
 
     # A call
@@ -100,15 +105,17 @@ class Circuit:
         if state is State.OPEN:
             if now < self._until:
                 return None
-            self._begun = self._passed = 0
-            self._until = now + self.options.trial_timeout
+            self._begun = self._passed = self._under_way = 0
             self._turn(State.HALF_OPEN)
-        elif now >= self._until:
-            self._open(now)  # what hangs for so long has failed
+        elif self._under_way and now >= self._until:
+            self.open(now)  # what hangs for so long has failed
             return None
         if self._begun >= self.options.trials:
             return None
+        if not self._under_way:
+            self._until = now + self.options.trial_timeout
         self._begun += 1
+        self._under_way += 1
         return self._epoch
 
     def succeeded(self, epoch: int, now: float, *, slow: bool = False) -> None:
@@ -117,8 +124,9 @@ class Circuit:
             return
         if self.state is State.HALF_OPEN:
             if slow:
-                self._open(now)
+                self.open(now)
                 return
+            self._under_way -= 1
             self._passed += 1
             if self._passed >= self.options.trials:
                 self.close()
@@ -132,7 +140,7 @@ class Circuit:
         if epoch != self._epoch or self.state is State.DISABLED:
             return
         if self.state is State.HALF_OPEN:
-            self._open(now)
+            self.open(now)
             return
         self._count(now, failed=True, slow=False)
         self._judge(now)
@@ -141,6 +149,7 @@ class Circuit:
         """Note that a call ended without saying anything about its target: it was given up, or refused on its way."""
         if epoch == self._epoch and self.state is State.HALF_OPEN:
             self._begun -= 1
+            self._under_way -= 1
 
     def retry_after(self, now: float) -> float:
         """Return after how many seconds a call may be tried."""
@@ -159,6 +168,21 @@ class Circuit:
         self._openings = 0
         self._forget()
         self._turn(State.CLOSED)
+
+    def open(self, now: float) -> None:
+        """Refuse calls for a while, for longer each time in succession."""
+        period = min(self.options.open_at_most, self.options.open_for * 2**self._openings)
+        self._openings = min(self._openings + 1, 16)
+        self.opened_at = now
+        self._until = now + period * self._jitter(0.8, 1.2)
+        self._turn(State.OPEN)
+
+    def restore(self, state: State, opened_at: float | None) -> None:
+        """Take the state of another circuit, as if it had been this one's own."""
+        self.opened_at = opened_at
+        if opened_at is not None:
+            self._until = opened_at + self.options.open_for
+        self._turn(State.OPEN if state is State.HALF_OPEN else state)  # its trials are not under way here
 
     def force_open(self) -> None:
         """Refuse all calls until somebody closes it."""
@@ -179,20 +203,13 @@ class Circuit:
         self._epoch += 1
         self._changed(old, state)
 
-    def _open(self, now: float) -> None:
-        period = min(self.options.open_at_most, self.options.open_for * 2**self._openings)
-        self._openings = min(self._openings + 1, 16)
-        self.opened_at = now
-        self._until = now + period * self._jitter(0.8, 1.2)
-        self._turn(State.OPEN)
-
     def _judge(self, now: float) -> None:
-        if self.state is not State.CLOSED:
+        if self.state is not State.CLOSED or now < self._warm_until:
             return
         calls, failed, slow = self.rates(now)
         options = self.options
         if calls >= options.least_calls and (failed >= options.failure_rate or slow >= options.slow_rate):
-            self._open(now)
+            self.open(now)
 
     # The window
 
@@ -205,6 +222,8 @@ class Circuit:
     def _count(self, now: float, *, failed: bool, slow: bool) -> None:
         bucket = int(now / self._width)
         if bucket != self._bucket:
+            if math.isnan(self._warm_until):  # its first call
+                self._warm_until = now + self.options.window
             self._advance(now)
         place = bucket % _BUCKETS
         self._calls[place] += 1
@@ -225,8 +244,8 @@ class Breaker:
     """A Middleware that refuses calls to a pattern whose service fails, with Unavailable ("circuit-open").
 
     A failure is a connection that fails, a deadline that passes, or an answer of 500 and above; an answer of
-    4xx is a success, and refusals of limits and calls that were given up are neither. `source` is what
-    this process calls itself.
+    4xx is a success, and refusals of limits, 429 among them, and calls that were given up are neither. `source` is
+    what this process calls itself.
     """
 
     def __init__(
@@ -254,9 +273,12 @@ class Breaker:
             if epoch is None:
                 raise self._refusal(circuit, context, began)
             try:
-                result = await endpoint(data, context)
+                if circuit.state is State.HALF_OPEN:
+                    result = await self._try(endpoint, data, context)
+                else:
+                    result = await endpoint(data, context)
             except RpcException as error:
-                if error.code in REFUSALS:
+                if error.code in REFUSALS or error.status_code == 429:
                     circuit.forgotten(epoch)
                 elif error.status_code >= 500:
                     circuit.failed(epoch, clock())
@@ -287,6 +309,14 @@ class Breaker:
             context_service = context.service
             circuit = self.circuits[key] = Circuit(self._options, changed, self._jitter)
         return circuit
+
+    async def _try(self, endpoint: Endpoint, data: Any, context: RpcContext) -> Any:
+        trial = copy(context)
+        trial.cap_deadline(self._options.trial_timeout)
+        try:
+            return await endpoint(data, trial)
+        finally:
+            context.id, context.peer = trial.id, trial.peer
 
     def _refusal(self, circuit: Circuit, context: RpcContext, now: float) -> Unavailable:
         text = f"{context.service} {pattern_name(context.pattern)} has failed too often, and is left alone for a while."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from typing import Any
 
 import pytest
@@ -148,6 +149,16 @@ def test_a_trial_that_is_given_up_makes_room_for_another() -> None:
     made.forgotten(given_up)
 
     assert made.enter(102.1) is not None
+
+
+def test_trials_that_come_seldom_close_it_all_the_same() -> None:
+    made = opened(100.0, open_for=2, trial_timeout=10)
+    now = 103.0
+    for _ in range(made.options.trials):
+        made.succeeded(entered(made, now), now + 0.1)
+        now += 60
+
+    assert made.state is State.CLOSED
 
 
 def test_calls_begun_before_it_opened_change_nothing() -> None:
@@ -308,6 +319,25 @@ async def test_what_counts_as_a_failure(clock: Clock, error: RpcException, count
         await breaker(Service([error]))(None, context())
 
     assert breaker.circuits["shop", "ask"].state is (State.OPEN if counts else State.CLOSED)
+
+
+@pytest.mark.asyncio
+async def test_a_trial_has_a_deadline_of_its_own(clock: Clock) -> None:
+    shop = Service([RpcException("broken")])
+    breaker = Breaker(Options(least_calls=1, trial_timeout=3), clock=clock)
+    endpoint = breaker(shop)
+    for seconds in (0, 40):
+        clock.now += seconds
+        call = context()
+        call.cap_deadline(60)
+        with pytest.raises(RpcException):
+            await endpoint(None, call)
+
+    (_, first), (_, trial) = shop.calls
+    assert first.deadline is not None
+    assert trial.deadline is not None
+    assert 2 < trial.deadline - time.monotonic() <= 3
+    assert first.deadline - time.monotonic() > 50
 
 
 @pytest.mark.asyncio
