@@ -61,7 +61,7 @@ class Balanced:
 
     async def send(self, data: Any, context: RpcContext) -> Raw | None:
         """Do what `ClientProxy.send` does."""
-        balancer = self.balancer
+        balancer, proxies = self.balancer, self._proxies
         clock = balancer.clock
         left = len(balancer.instances)
         while True:
@@ -69,7 +69,7 @@ class Balanced:
             began = clock()
             failed: bool | None = None
             try:
-                result = await self._proxy(instance.url).send(data, context)
+                result = await (proxies.get(instance.url) or self._proxy(instance.url)).send(data, context)
                 failed = False
                 return result
             except RpcException as error:
@@ -138,9 +138,10 @@ class Balanced:
         return {url: proxy.unwrap() for url, proxy in self._proxies.items()}
 
     def _choose(self, context: RpcContext, *, timed: bool) -> Instance:
-        instance = self.balancer.choose(context.tried, timed=timed)
-        context.peer = instance.url
-        context.tried = (*context.tried[-_TRIED:], instance.url)
+        tried = context.tried
+        instance = self.balancer.choose(tried, timed=timed)
+        url = context.peer = instance.url
+        context.tried = (*tried[-_TRIED:], url) if tried else (url,)
         return instance
 
     @contextmanager

@@ -68,7 +68,7 @@ class Instance:
         """Return what one more call would cost: its latency, times the calls that are there."""
         pending = self.pending
         if not pending:
-            return self.latency(now)
+            return self._latency if now - self._seen <= 1 else self.latency(now)
         # Who owes answers and is silent is at least so slow, before a call of his has ended. Of whom nothing has
         # been heard yet, he who keeps a first call waiting is not the quickest.
         silent = now - self._heard

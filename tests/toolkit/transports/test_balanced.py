@@ -24,7 +24,7 @@ from microservices.transports.grpc import GrpcClient, GrpcServer
 from microservices.transports.tcp import TcpClient, TcpServer
 from tests.toolkit.conftest import service
 from tests.toolkit.transports import test_grpc
-from tests.toolkit.transports.contract import PATIENCE, TransportContract
+from tests.toolkit.transports.contract import PATIENCE, TransportContract, echo
 
 NOBODY = "tcp://127.0.0.1:1"
 
@@ -53,6 +53,20 @@ class TestBalancedGrpc(test_grpc.TestGrpc):
             balancer,
             lambda url: GrpcClient(test_grpc.address(parse(url).port, self.folder, rpcs=self.rpcs), "shop"),
         )
+
+    async def test_one_that_goes_costs_no_call(self) -> None:
+        async with self.talk(echo) as client:
+            other = await self.serve(service(echo))
+            balancer = Balancer("shop", [f"grpc://127.0.0.1:{server.port}" for server in (self.server, other)])
+            connect = self.proxy(self.server.dispatcher, self.server)._connect  # type: ignore[attr-defined]
+            balanced = Client("shop", lambda: Balanced(balancer, connect))
+            before = [await balanced.send("echo", number) for number in range(20)]
+            used = [instance.latency(balancer.clock()) > 0 for instance in balancer.instances.values()]
+            await other.close(0)
+            after = [await balanced.send("echo", number) for number in range(20)]
+            await balanced.close()
+
+        assert (before, used, after) == (list(range(20)), [True, True], list(range(20)))
 
 
 class Named:
