@@ -55,7 +55,7 @@ class TestBalancedGrpc(test_grpc.TestGrpc):
         )
 
     async def test_one_that_goes_costs_no_call(self) -> None:
-        async with self.talk(echo) as client:
+        async with self.talk(echo):
             other = await self.serve(service(echo))
             balancer = Balancer("shop", [f"grpc://127.0.0.1:{server.port}" for server in (self.server, other)])
             connect = self.proxy(self.server.dispatcher, self.server)._connect  # type: ignore[attr-defined]
