@@ -34,14 +34,8 @@ RPCS = {
 
 # What a repeated call would do, as the handlers say it, for callers in other processes, which cannot see them.
 RETRY: dict[str, dict[str, str]] = {
-    "users": {
-        **dict.fromkeys(("get_user", "get_users", "get_users_by_ids"), "safe"),
-        **dict.fromkeys(("create_user", "update_user", "delete_user"), "keyed"),
-    },
-    "orders": {
-        **dict.fromkeys(("get_order", "get_orders", "get_product", "get_products"), "safe"),
-        "cancel_order": "keyed",
-    },
+    "users": dict.fromkeys(("get_user", "get_users", "get_users_by_ids"), "safe"),
+    "orders": dict.fromkeys(("get_order", "get_orders", "get_product", "get_products"), "safe"),
     "payments": {
         **dict.fromkeys(("get_payment", "get_payment_by_key", "get_payments"), "safe"),
         **dict.fromkeys(("authorize_payment", "capture_payment", "void_payment", "refund_payment"), "keyed"),

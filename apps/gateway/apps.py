@@ -8,3 +8,4 @@ class GatewayConfig(AppConfig):
 
     name = "gateway"
     version = "1.0.0"
+    calls = ("users", "orders", "payments", "notifications")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import difflib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,21 +11,27 @@ from typing import Any
 from django.apps import AppConfig, apps
 from django.core import checks
 
-from . import conf, stubs, transports
+from . import conf, dependencies, doors, stubs, transports
 from .conf import Service, Settings, get_settings
 from .exceptions import ConfigurationError
 from .handlers import registry
+from .packets import pattern_name
 from .transports import Address
 
 
 @checks.register("microservices")
 def check_settings(**_: Any) -> list[checks.CheckMessage]:
-    """E004: MICROSERVICES can be read. E006: every URL can. E007: no port is used twice."""
+    """E004: MICROSERVICES can be read. E006: every URL can. E007: no port is used twice.
+
+    E010: no door is open to other hosts without TLS. E012: no broker elsewhere is used without a password; both
+    with DEBUG off. E013: rules about who may call are about patterns, and can be read.
+    """
     try:
         settings = get_settings()
     except ConfigurationError as error:
         return [checks.Error(str(error), id="microservices.E004")]
-    return [*_bad_urls(settings), *_ports_used_twice(settings)]
+    bad = [*_bad_urls(settings), *_ports_used_twice(settings)]
+    return bad or [*_open_doors(settings), *_bad_rules(settings)]
 
 
 @checks.register("microservices")
@@ -80,6 +87,55 @@ def check_patterns(**_: Any) -> list[checks.CheckMessage]:
                     text = f"{other} and {handler.name} both answer {door.route}."
                     errors.append(checks.Error(text, id="microservices.E003"))
     return errors
+
+
+@checks.register("microservices")
+def check_dependencies(**_: Any) -> list[checks.CheckMessage]:
+    """W004: services do not wait for one another in a circle. E011: what an app calls is on the map."""
+    try:
+        known = get_settings().clients
+    except ConfigurationError:
+        return []  # E004 tells
+    found: list[checks.CheckMessage] = [
+        checks.Warning(
+            f"{' calls '.join(circle)}: each may wait for the others until none has time left.",
+            hint="Let one of them hear an event in place of the call.",
+            id="microservices.W004",
+        )
+        for circle in dependencies.circles()
+    ]
+    for app in apps.app_configs:
+        for called in dependencies.calls(app) or ():
+            if called not in known:
+                text = f"{app} declares that it calls {called!r}, which MICROSERVICES['CLIENTS'] does not name."
+                found.append(checks.Error(text, id="microservices.E011"))
+    return found
+
+
+@checks.register("microservices")
+def check_retries(**_: Any) -> list[checks.CheckMessage]:
+    """E005: nothing is repeated that must not be. W006: what is known by a key has one."""
+    try:
+        settings = get_settings()
+    except ConfigurationError:
+        return []  # E004 tells
+    found: list[checks.CheckMessage] = []
+    for service in registry.services():
+        told = settings.clients[service].patterns if service in settings.clients else {}
+        for handler in registry.of(service):
+            for door in handler.doors:
+                if door.kind == "event":
+                    continue
+                pattern = pattern_name(door.route)
+                policies = told.get(pattern, {})
+                if door.retry == "never" and (policies.get("retry", "never") != "never" or policies.get("retries")):
+                    text = f"MICROSERVICES lets calls of {service} {pattern} be repeated; {handler.name} forbids it."
+                    found.append(checks.Error(text, id="microservices.E005"))
+                fields = getattr(handler.payload, "__struct_fields__", None)
+                if door.retry == "keyed" and fields is not None and "idempotency_key" not in fields:
+                    text = f"{handler.name} knows a repetition by its key, and its payload has no `idempotency_key`."
+                    found.append(checks.Warning(text, hint="It is never repeated.", id="microservices.W006"))
+    return found
 
 
 @checks.register("microservices")
@@ -171,6 +227,33 @@ def _bad_urls(settings: Settings) -> Iterator[checks.CheckMessage]:
                     _ = options.server_context() if serves else options.client_context()
         except ConfigurationError as error:
             yield checks.Error(f"MICROSERVICES {where}: {error}", id="microservices.E006")
+
+
+def _open_doors(settings: Settings) -> Iterator[checks.CheckMessage]:
+    if conf.debug():
+        return
+    served = (url for place in settings.servers.values() for url in (place.url, place.grpc) if url)
+    if settings.listen and not settings.insecure_doors:
+        for text in doors.open_to_all(map(transports.parse, served)):
+            yield checks.Error(text, id="microservices.E010")
+    if not settings.insecure_brokers:
+        for text in doors.without_password(conf.brokers()):
+            yield checks.Error(text, id="microservices.E012")
+
+
+def _bad_rules(settings: Settings) -> Iterator[checks.CheckMessage]:
+    for service, place in settings.servers.items():
+        known = {pattern_name(door.route) for handler in registry.of(service) for door in handler.doors}
+        for pattern, told in place.allow.items():
+            where = f"MICROSERVICES SERVERS[{service!r}] allow[{pattern!r}]"
+            if pattern not in known:
+                near = difflib.get_close_matches(pattern, known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known)) or 'none'}."
+                yield checks.Error(f"{where}: there is no such pattern; {hint}", id="microservices.E013")
+            try:
+                doors.Rule(told)
+            except ConfigurationError as error:
+                yield checks.Error(f"{where}: {error}", id="microservices.E013")
 
 
 def _ports_used_twice(settings: Settings) -> Iterator[checks.CheckMessage]:

@@ -16,6 +16,7 @@ from msgspec import Raw
 from . import balanced, codec, conf, stubs, transports
 from .conf import get_settings, load
 from .context import RpcContext, current
+from .dependencies import EVENTS, Declared
 from .discovery.balancer import Balancer
 from .exceptions import ConfigurationError, InvalidPayload, RpcException
 from .executor import wait_for
@@ -33,7 +34,6 @@ Loop = asyncio.AbstractEventLoop
 Metadata = Mapping[str, str] | None
 Options = Mapping[str, Any] | None
 
-EVENTS = "events"
 _MAX_KNOWN = 1024
 _GRACE = 1.0
 
@@ -406,12 +406,13 @@ class Clients:
 
     def _client(self, service: str, connect: Callable[[], Caller]) -> Client:
         settings = get_settings()
+        for_development: list[Middleware] = [Declared()] if conf.debug() else []
         return Client(
             service,
             connect,
             source=settings.name,
             timeout=settings.call_timeout,
-            middlewares=[load(path) for path in settings.client_middleware],
+            middlewares=[*for_development, *(load(path) for path in settings.client_middleware)],
             plan=None if service == EVENTS else conf.plan(service),
             run=self.run,
         )

@@ -134,6 +134,11 @@ def get_settings() -> Settings:
     return found
 
 
+def debug() -> bool:
+    """Return whether this is development."""
+    return bool(django_settings.DEBUG)
+
+
 def plan(service: str) -> Plan:
     """Return the policies around the calls to a service. Raises ConfigurationError."""
     return _plan(get_settings(), service)
@@ -172,6 +177,15 @@ def addresses(url: str, options: Mapping[str, Any] = NO_OPTIONS, **told: Any) ->
     if transports.SCHEMES[found[0].scheme].broker:
         raise ConfigurationError(f"{found[0].scheme}:// is a broker's, which deals calls out itself: give one URL.")
     return found
+
+
+def brokers() -> list[Address]:
+    """Return the addresses of all brokers that this process may use. Raises ConfigurationError."""
+    settings = get_settings()
+    places = (*settings.clients.values(), *settings.servers.values())
+    urls = dict.fromkeys([settings.events_url, *(place.url for place in places)])
+    found = [transports.parse(each) for url in urls for each in transports.split(url)]
+    return [address for address in found if transports.SCHEMES[address.scheme].broker]
 
 
 def events_address() -> Address:

@@ -15,10 +15,11 @@ from enum import StrEnum
 from types import FrameType
 from typing import Any
 
-from . import conf, transports
+from . import conf, doors, transports
 from .client import Client, clients
 from .conf import Settings, get_settings
 from .discovery.registry import Heartbeat, Report
+from .exceptions import ConfigurationError
 from .microservice import Microservice, get_executor, get_microservice, services_here
 from .reports import Reporter
 from .transports.base import Server
@@ -108,7 +109,7 @@ class Lifecycle:
         self._watching = asyncio.create_task(self.watchdog.watch(), context=Context(), name="watchdog")
         clients.settle(asyncio.get_running_loop())
         self.microservices = [get_microservice(name) for name in services_here()]
-        doors: dict[str, Server] = {}
+        opened_doors: dict[str, Server] = {}
         open_urls: dict[str, Sequence[str]] = {}
         for microservice in self.microservices:
             for mailbox in microservice.mailboxes:
@@ -117,7 +118,8 @@ class Lifecycle:
             opened = wanted if settings.listen or urls is not None else ()
             if urls is None or microservice.name in urls:
                 open_urls[microservice.name] = opened
-            await microservice.listen(opened, doors)
+            self._refuse_open_doors(microservice, opened)
+            await microservice.listen(opened, opened_doors)
             logger.info(
                 "%s lives here%s",
                 microservice.name,
@@ -129,6 +131,18 @@ class Lifecycle:
         self._tasks = [asyncio.create_task(self._keep(work), context=Context()) for work in self.background]
         if settings.heartbeat:
             self._begin_to_beat(settings, open_urls)
+
+    @staticmethod
+    def _refuse_open_doors(microservice: Microservice, urls: Sequence[str]) -> None:
+        """Raise ConfigurationError for what the system checks E010 and E012 tell of, which can be skipped."""
+        settings = get_settings()
+        if conf.debug():
+            return
+        wrong = [] if settings.insecure_doors else list(doors.open_to_all(map(transports.parse, urls)))
+        if not settings.insecure_brokers:
+            wrong += doors.without_password(conf.brokers())
+        if wrong:
+            raise ConfigurationError(f"{microservice.name}: {wrong[0]}")
 
     async def drain(self) -> None:
         """Take no more messages and finish the running ones within DRAIN_TIMEOUT.

@@ -11,6 +11,7 @@ from typing import Any
 from . import conf, transports
 from .conf import get_settings, load
 from .dispatcher import Dispatcher
+from .doors import Allow
 from .exceptions import ConfigurationError
 from .executor import Executor
 from .handlers import registry
@@ -172,13 +173,15 @@ def get_microservice(name: str) -> Microservice:
         here = ", ".join(settings.servers) or "none"
         raise ConfigurationError(f"The service {name!r} does not live in this process (here: {here}).")
     middlewares: list[Middleware] = [load(path) for path in settings.server_middleware]
+    place = settings.servers.get(name)
+    if place is not None and place.allow:
+        middlewares.append(Allow(name, place.allow))
     limiter = None
     if settings.server_limit:
         # The innermost: what is refused is seen by the others, too.
         limiter = Limiter(name, Gradient(most=settings.server_limit))
         middlewares.append(limiter)
     dispatcher = Dispatcher(name, registry.of(name), get_executor(), middlewares, tracebacks=settings.tracebacks)
-    place = settings.servers.get(name)
 
     def address(url: str) -> Address:
         return conf.address(url, place.options if place is not None and url == place.url else conf.NO_OPTIONS)

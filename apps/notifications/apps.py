@@ -8,3 +8,4 @@ class NotificationsConfig(AppConfig):
 
     name = "notifications"
     version = "1.0.0"
+    calls = ()

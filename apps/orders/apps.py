@@ -8,3 +8,4 @@ class OrdersConfig(AppConfig):
 
     name = "orders"
     version = "1.0.0"
+    calls = ("payments",)

@@ -8,3 +8,4 @@ class PaymentsConfig(AppConfig):
 
     name = "payments"
     version = "1.0.0"
+    calls = ()

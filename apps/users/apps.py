@@ -8,3 +8,4 @@ class UsersConfig(AppConfig):
 
     name = "users"
     version = "1.0.0"
+    calls = ()

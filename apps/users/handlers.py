@@ -38,14 +38,14 @@ def get_users_by_ids(data: GetUsersByIds, ctx: RpcContext) -> Users:
     return Users(users=[_shown(user) for user in selectors.user_list_by_ids(user_ids=data.ids)])
 
 
-@message_pattern({"cmd": "create_user"}, retry="keyed")
+@message_pattern({"cmd": "create_user"})
 @grpc_method("UsersService", "CreateUser")
 def create_user(data: CreateUser, ctx: RpcContext) -> User:
     """Register a customer."""
     return _shown(services.user_create(email=data.email, name=data.name, password=data.password))
 
 
-@message_pattern({"cmd": "update_user"}, retry="keyed")
+@message_pattern({"cmd": "update_user"})
 def update_user(data: UpdateUser, ctx: RpcContext) -> User:
     """Change a user's name or e-mail address."""
     user = services.user_update(
@@ -54,7 +54,7 @@ def update_user(data: UpdateUser, ctx: RpcContext) -> User:
     return _shown(user)
 
 
-@message_pattern({"cmd": "delete_user"}, retry="keyed")
+@message_pattern({"cmd": "delete_user"})
 def delete_user(data: DeleteUser, ctx: RpcContext) -> None:
     """Close an account."""
     services.user_delete(user_id=data.id)

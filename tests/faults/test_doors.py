@@ -143,6 +143,19 @@ async def test_frames_that_come_byte_by_byte_are_frames(work: Work, figures: Fig
     figures.at_least("byte by byte", "right answers", sum(map(str.__eq__, answers, texts)), len(texts))
 
 
+async def test_payloads_nested_without_end_hurt_nobody(work: Work, figures: Figures) -> None:
+    async with bystander(work, "100,000 nested lists", figures), peer(work) as (reader, writer):
+        for depth in (900, 5_000, 100_000):
+            text = f'{{"pattern":"work","data":{"[" * depth}{"]" * depth},"id":"deep"}}'
+            writer.write(f"{len(text)}#{text}".encode() + frame("echo", depth, str(depth)))
+            async with asyncio.timeout(WAIT):
+                while True:
+                    length = await reader.readuntil(b"#")
+                    answer = (await reader.readexactly(int(length[:-1]))).decode()
+                    if f'"id":"{depth}"' in answer:
+                        break
+
+
 async def test_half_frames_are_not_waited_for(start: Callable[..., Work], figures: Figures) -> None:
     work = start("?incomplete_message_timeout=1")
     count = 1000 if FULL else 200
@@ -205,9 +218,10 @@ async def test_five_thousand_idle_connections_cost_little(start: Callable[..., W
 
 
 async def test_more_connections_than_it_has_room_for_are_hung_up(start: Callable[..., Work], figures: Figures) -> None:
-    work = start("?max_connections=100")
+    work = start("?max_connections=1000&max_connections_per_peer=100")
     async with bystander(work, "300 connections where 100 may be", figures):
-        opened = [await asyncio.open_connection("127.0.0.1", work.port) for _ in range(300)]
+        here = ("127.0.1.1", 0)  # one address has no more than its share
+        opened = [await asyncio.open_connection("127.0.0.1", work.port, local_addr=here) for _ in range(300)]
         try:
             took = await asyncio.gather(*(ended(reader) for reader, _ in opened[100:]))
         finally:

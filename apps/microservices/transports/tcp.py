@@ -9,6 +9,7 @@ import select
 import socket
 import ssl
 import struct
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Set
 from contextlib import aclosing, suppress
 from contextvars import Context
@@ -47,6 +48,8 @@ class Options(TlsOptions, frozen=True, kw_only=True):
     incomplete_message_timeout: Seconds = 10
     idle_timeout: Seconds = 300
     max_connections: Count = 1024
+    max_connections_per_peer: Count = 512
+    """How many of them may come from one address, so that it leaves room for others."""
     max_in_flight: Count = 256
     """How many messages of one connection are worked on at a time."""
     retry_attempts: Annotated[int, msgspec.Meta(ge=0)] = 0
@@ -73,12 +76,12 @@ class _ServerConnection(FramedConnection):
         self._idle: asyncio.TimerHandle | None = None
         self._active_at = self._loop.time()
         self._no_more = False
-        self.peer = ""
+        self.host = self.peer = ""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         host, port = (transport.get_extra_info("peername") or ("", 0))[:2]
-        self.peer = f"{host}:{port}"
+        self.host, self.peer = str(host), f"{host}:{port}"
         if not self._server.admit(self):
             dropped.add(self._server.dispatcher.service, "tcp", "too-many-connections")
             self.transport.abort()
@@ -199,6 +202,7 @@ class TcpServer(Server):
         self.closing = False
         self._server: asyncio.Server | None = None
         self._connections: set[_ServerConnection] = set()
+        self._by_host: Counter[str] = Counter()
         self._empty = asyncio.Event()
 
     async def listen(self) -> None:
@@ -270,14 +274,21 @@ class TcpServer(Server):
 
     def admit(self, connection: _ServerConnection) -> bool:
         """Count a connection in, if there is room for it."""
-        if len(self._connections) >= self.options.max_connections:
+        host, options = connection.host, self.options
+        if len(self._connections) >= options.max_connections or self._by_host[host] >= options.max_connections_per_peer:
             return False
         self._connections.add(connection)
+        self._by_host[host] += 1
         return True
 
     def forget(self, connection: _ServerConnection) -> None:
         """Count a connection out."""
+        if connection not in self._connections:
+            return
         self._connections.discard(connection)
+        self._by_host[connection.host] -= 1
+        if not self._by_host[connection.host]:
+            del self._by_host[connection.host]
         self._empty.set()
 
 
