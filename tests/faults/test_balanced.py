@@ -60,9 +60,9 @@ async def test_one_of_two_that_is_killed_again_and_again_costs_no_safe_call(star
                 await client.send("echo", 1)
 
     figures.at_least(fault, "kills", kills, 2)
-    figures.at_least(fault, "safe calls", len(results), 500 * kills - 500)
+    figures.at_least(fault, "safe calls", len(results), 100 * kills)
     figures.at_most(fault, "safe calls that failed", results.failures.total(), 0)
-    figures.at_most(fault, "slowest", results.slowest, 1, "s")
+    figures.at_most(fault, "slowest", results.slowest, 2, "s")
 
 
 async def test_one_of_two_that_stands_still_costs_an_attempt_and_no_call(start: Start, figures: Figures) -> None:
@@ -78,12 +78,12 @@ async def test_one_of_two_that_stands_still_costs_an_attempt_and_no_call(start: 
         results = await asking(client, strike)
         late = sum(done.seconds > 0.5 for done in results)
         stopped.signal(signal.SIGCONT)
-        begun = await asking(client, lambda: asyncio.sleep(seconds(2, 35)))
+        begun = await asking(client, lambda: asyncio.sleep(seconds(2, 10)))
 
-    figures.at_least(fault, "calls", len(results), 900)
+    figures.at_least(fault, "calls", len(results), 300)
     figures.at_most(fault, "calls that failed", (results.failures + begun.failures).total(), 0)
     figures.at_most(fault, "calls that took an attempt longer", late, 0.02 * len(results))
-    figures.at_most(fault, "slowest", results.slowest, 1.5, "s")
+    figures.at_most(fault, "slowest", results.slowest, 2, "s")
 
 
 async def test_one_of_two_that_is_five_times_slower_gets_few_calls(start: Start, figures: Figures) -> None:
