@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import logging
 import random
+import time
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
@@ -31,6 +32,7 @@ from .transports.base import Status
 logger = logging.getLogger("microservices")
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 5.0
+_SHED_FOR = 10.0
 
 
 @dataclasses.dataclass(repr=False)
@@ -57,6 +59,21 @@ class Doors(HealthCheck):
             for server in microservice.servers:
                 if server.opens_port and server.status is not Status.CONNECTED:
                     raise ServiceUnavailable(f"{microservice.name} {server.address}: {server.status}")
+
+
+@dataclasses.dataclass(repr=False)
+class Shedding(HealthCheck):
+    """No service that lives here has refused more than half of its calls for ten seconds."""
+
+    def __repr__(self) -> str:
+        return "load"
+
+    async def run(self) -> None:
+        now = time.monotonic()
+        for microservice in lifecycle.microservices:
+            limiter = microservice.limiter
+            if limiter is not None and (seconds := limiter.shedding(now)) >= _SHED_FOR:
+                raise ServiceUnavailable(f"{microservice.name} has refused most calls for {seconds:.0f} s")
 
 
 @dataclasses.dataclass(repr=False)
@@ -182,7 +199,7 @@ def health_urls() -> list[URLPattern]:
     # A broker or another service that is down never makes a process unready, or one outage
     # would empty the whole fleet.
     databases = [(ServiceDatabase, {"alias": alias}) for alias in connections if _is_used(alias)]
-    checks: list[Any] = [Started, Doors, *databases]
+    checks: list[Any] = [Started, Doors, Shedding, *databases]
     migrated = [(Migrated, {"alias": alias}) for alias in connections if _is_used(alias)]
     whole = HealthView.as_view(checks=[*checks, Brokers, Instances], tells_services=True)
     return [

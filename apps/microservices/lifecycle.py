@@ -119,6 +119,8 @@ class Lifecycle:
             if urls is None or microservice.name in urls:
                 open_urls[microservice.name] = opened
             self._refuse_open_doors(microservice, opened)
+            if microservice.limiter is not None:
+                self.watchdog.looks.append(microservice.limiter.look)
             await microservice.listen(opened, opened_doors)
             logger.info(
                 "%s lives here%s",

@@ -55,7 +55,8 @@ class Watchdog:
         self._beat = time.monotonic()
         watcher = threading.Thread(target=self._look_on, name="watchdog", daemon=True)
         watcher.start()
-        looked = 0.0
+        self._arm()
+        looked = self._beat
         try:
             while True:
                 due = loop.time() + TICK

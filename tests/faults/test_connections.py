@@ -44,7 +44,7 @@ async def test_cuts_at_any_byte_give_nobody_the_wrong_answer(
         calling(f"tcp://127.0.0.1:{proxy.port}", {"breaker": False}, SAFE) as client,
     ):
         proxy.faults.cut_after = lambda: chance.randrange(1, 200_000)
-        results = await crowd(lambda number: echo(client, chance, number), 20, seconds(4, 30))
+        results = await crowd(lambda number: echo(client, chance, number), 20, seconds(3, 30))
         left = pending(client)
 
     print(proxy.cuts, "cuts", results.failures)
@@ -66,7 +66,7 @@ async def test_resets_are_survived_by_what_may_be_repeated(work: Work, figures: 
                 proxy.reset()
 
         resets = asyncio.create_task(reset())
-        results = await crowd(lambda number: client.send("echo", number, timeout=DEADLINE), 10, seconds(3, 20))
+        results = await crowd(lambda number: client.send("echo", number, timeout=DEADLINE), 10, seconds(2, 20))
         resets.cancel()
 
     print(results.failures)
@@ -79,7 +79,7 @@ async def test_every_call_ends_within_its_deadline(work: Work, figures: Figures,
     async with proxy_to(work.port) as proxy, calling(f"tcp://127.0.0.1:{proxy.port}", {}, SAFE) as client:
         await client.send("echo", "first")
         strike(proxy, kind)
-        results = await crowd(lambda number: client.send("echo", number, timeout=DEADLINE), 20, seconds(2, 10))
+        results = await crowd(lambda number: client.send("echo", number, timeout=DEADLINE), 20, seconds(1.5, 10))
 
     print(results.failures)
     figures.at_most(kind, "calls that were answered", len(results.succeeded), 0)
@@ -100,7 +100,7 @@ async def test_latency_is_all_that_latency_costs(work: Work, figures: Figures) -
     async with proxy_to(work.port) as proxy, calling(f"tcp://127.0.0.1:{proxy.port}", {}, SAFE) as client:
         await client.send("echo", "first")
         proxy.faults.latency = 0.1
-        results = await crowd(lambda number: client.send("echo", number, timeout=DEADLINE), 20, seconds(2, 10))
+        results = await crowd(lambda number: client.send("echo", number, timeout=DEADLINE), 20, seconds(1, 10))
 
     figures.at_most("latency 0.1 s each way", "calls that failed", sum(results.failures.values()), 0)
     figures.at_most("latency 0.1 s each way", "p99", results.percentile(99) * 1000, 300, "ms")

@@ -20,7 +20,7 @@ IMPATIENT = {"retry": "safe", "breaker": False, "retry_floor": 0}
 
 
 async def test_twice_as_much_as_it_can_leaves_nearly_all_that_it_can(work: Work, figures: Figures) -> None:
-    duration = seconds(4, 20)
+    duration = seconds(3, 20)
     async with calling(work.url) as client:
         results = await steadily(
             lambda number: client.send("work", number, timeout=DEADLINE), rate=2 * CAPACITY, seconds=duration
@@ -37,7 +37,7 @@ async def test_retries_do_not_become_a_storm(work: Work, figures: Figures) -> No
     for what, policies in {"by default": {"retry": "safe"}, "without a breaker": IMPATIENT}.items():
         async with calling(work.url, policies) as client:
             before = await client.send("begun", None)
-            calls = await steadily(lambda number: client.send("refuse", number), rate=500, seconds=seconds(2, 20))
+            calls = await steadily(lambda number: client.send("refuse", number), rate=500, seconds=seconds(1.5, 20))
             begun = await client.send("begun", None) - before
 
         figures.at_most(f"retry storm, {what}", "amplification", begun / len(calls), 1.2)
@@ -48,7 +48,7 @@ async def test_retries_of_three_layers_are_not_multiplied(start: Callable[..., W
     middle = start("", 200, lowest.url)
     upper = start("", 200, middle.url)
     async with calling(upper.url, IMPATIENT) as client, calling(lowest.url) as counting:
-        calls = await steadily(lambda number: client.send("refuse", number), rate=200, seconds=seconds(2, 20))
+        calls = await steadily(lambda number: client.send("refuse", number), rate=200, seconds=seconds(1.5, 20))
         begun = await counting.send("begun", None)
 
     print(calls.failures)
@@ -58,7 +58,7 @@ async def test_retries_of_three_layers_are_not_multiplied(start: Callable[..., W
 
 async def test_slow_calls_take_no_place_of_others(work: Work, figures: Figures) -> None:
     async with calling(work.url, {"retry": "safe"}) as users, calling(work.url, {"retry": "safe"}) as orders:
-        duration = seconds(3, 15)
+        duration = seconds(2, 15)
         quick = steadily(lambda number: users.send("echo", number), rate=100, seconds=duration)
         slow = steadily(lambda number: orders.send("wait", 1.0, timeout=2), rate=400, seconds=duration)
         results, others = await asyncio.gather(quick, slow)

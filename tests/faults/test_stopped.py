@@ -36,7 +36,7 @@ async def test_a_service_that_stands_still_costs_a_deadline_and_soon_not_even_th
         assert guard.breaker is not None
         (circuit,) = guard.breaker.circuits.values()
         work.signal(signal.SIGSTOP)
-        stopped = await ask(seconds(4, 20))
+        stopped = await ask(seconds(3, 20))
         assert circuit.state in (State.OPEN, State.HALF_OPEN)
 
         work.signal(signal.SIGCONT)

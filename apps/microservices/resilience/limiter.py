@@ -105,7 +105,10 @@ class Limiter:
         self.limit = limit or Gradient()
         self._queue = queue
         self.in_flight = 0
+        self.taken = 0
         self.refused = 0
+        self._looked = (0, 0)
+        self._shedding_since: float | None = None
         self._clock = clock
         self._waiting: tuple[deque[_Turn], ...] = tuple(deque() for _ in PRIORITIES)
 
@@ -122,6 +125,19 @@ class Limiter:
             Bound("limiter-queue", self.waiting, self._queue),
         ]
 
+    def look(self, now: float) -> None:
+        """See how much was refused since the last look; called about once a second, with the time."""
+        taken, refused = self.taken - self._looked[0], self.refused - self._looked[1]
+        self._looked = self.taken, self.refused
+        if refused <= taken:
+            self._shedding_since = None
+        elif self._shedding_since is None:
+            self._shedding_since = now
+
+    def shedding(self, now: float) -> float:
+        """Return for how many seconds more than half has been refused; 0 while it is not."""
+        return 0.0 if self._shedding_since is None else now - self._shedding_since
+
     def __call__(self, endpoint: Endpoint) -> Endpoint:
         async def limited(data: Any, context: RpcContext) -> Any:
             if context.raw_id is None:
@@ -130,6 +146,7 @@ class Limiter:
                 self.in_flight += 1
             else:
                 await self._turn(context)
+            self.taken += 1
             began = self._clock()
             try:
                 return await endpoint(data, context)

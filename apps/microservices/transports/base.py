@@ -262,7 +262,7 @@ class BrokerServer(Server):
 
     async def listen(self) -> None:
         """Subscribe; where the broker is away, go on trying in the background."""
-        self._keeping = asyncio.get_running_loop().create_task(self._keep_subscribed(), context=Context())
+        self._keep()
         with suppress(TimeoutError):  # told already, with the reason
             async with asyncio.timeout(self.options.connect_timeout):
                 await self.connected.wait()
@@ -283,6 +283,24 @@ class BrokerServer(Server):
         await self.disconnect()
         self.connected.clear()
         self.status = Status.CLOSED
+
+    def _keep(self) -> None:
+        self._keeping = asyncio.get_running_loop().create_task(self._keep_subscribed(), context=Context())
+        self._keeping.add_done_callback(self._kept)
+
+    def _kept(self, task: asyncio.Task[None]) -> None:
+        # Only closing may end it. What else does, as a driver that cancels whoever uses it, leaves a service that
+        # looks well and hears nothing.
+        if self._closing or task.get_loop().is_closed():
+            return
+        logger.error("%s hears %s no more; it begins again", self.dispatcher.service, self.address)
+        self.connected.clear()
+        self.status = Status.RECONNECTING
+        task.get_loop().call_later(self.options.max_retry_delay, self._begin_again)
+
+    def _begin_again(self) -> None:
+        if not self._closing:
+            self._keep()
 
     async def _keep_subscribed(self) -> None:
         self.status = Status.CONNECTING

@@ -153,7 +153,14 @@ class Fleet(Supervisor):
 
     async def stop(self) -> list[int]:
         """Let all of them drain; return their exit codes."""
-        codes = await asyncio.gather(*(service.stop(self.grace) for service in self._services))
+        # Whoever is asked from outside first: until it has answered it needs the others.
+        edge = [service for service in self._services if service.name == GATEWAY]
+        others = [service for service in self._services if service.name != GATEWAY]
+        codes = [
+            code
+            for members in (edge, others)
+            for code in await asyncio.gather(*(member.stop(self.grace) for member in members))
+        ]
         if self._bus is not None:
             codes.append(await self._bus.stop(self.grace))
         await self._launcher.close()
