@@ -1,6 +1,6 @@
 """Counters."""
 
-from microservices.instruments import Counter
+from microservices.instruments import Counter, Histogram, histograms
 
 
 def test_a_counter_counts_each_combination_of_labels_for_itself() -> None:
@@ -29,3 +29,13 @@ def test_samples_are_a_copy() -> None:
     counter.samples()[("users",)] = 100
 
     assert counter.value("users") == 1
+
+
+def test_a_histogram_counts_by_buckets_and_labels() -> None:
+    histogram = Histogram("seconds", "How long.", ("service",), buckets=(0.1, 1))
+    for value in (0.05, 0.1, 0.5, 7):
+        histogram.observe(value, "users")
+    histogram.observe(0.5, "orders")
+
+    assert histogram.samples() == {("users",): ([2, 1, 1], 7.65), ("orders",): ([0, 1, 0], 0.5)}
+    histograms.remove(histogram)

@@ -378,10 +378,14 @@ class TcpClient(ClientProxy):
 
     def ready(self) -> bool:
         connection = self._connection
-        if connection is not None and not self._pending and connection.gone:
+        if connection is None:
+            return False
+        # With answers to come, it would have told; only what has been idle may have ended unseen.
+        if not self._pending and connection.gone:
             connection.transport.abort()
             self.ended(connection, None)
-        return super().ready()
+            return False
+        return self.status is Status.CONNECTED and connection.congestion() is None
 
     def congestion(self) -> asyncio.Future[None] | None:
         return None if self._connection is None else self._connection.congestion()

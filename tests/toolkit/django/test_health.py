@@ -60,6 +60,7 @@ def test_a_process_that_takes_calls_tells_each_of_its_checks(client: Client, pag
     assert body["details"] == {
         "process": {"status": "up"},
         "doors": {"status": "up"},
+        "load": {"status": "up"},
         "database default": {"status": "up"},
         **{f"database {name}": {"status": "up"} for name in ("users", "orders", "payments", "notifications")},
         **({key: {"status": "up"} for key in ("brokers", "instances")} if page == "/health" else {}),

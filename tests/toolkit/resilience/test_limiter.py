@@ -275,3 +275,19 @@ async def test_times_are_those_of_the_handler_not_of_the_queue() -> None:
     await asyncio.gather(endpoint(1.0, call()), endpoint(2.0, call()))
 
     assert seen == [1.0, 2.0]
+
+
+def test_it_sheds_for_as_long_as_more_is_refused_than_taken() -> None:
+    limiter = Limiter("shop")
+
+    def second(now: float, taken: int, refused: int) -> float:
+        limiter.taken += taken
+        limiter.refused += refused
+        limiter.look(now)
+        return limiter.shedding(now)
+
+    assert second(1, 10, 10) == 0
+    assert second(2, 10, 11) == 0
+    assert [second(now, 1, 5) for now in (3, 8, 13)] == [1, 6, 11]
+    assert second(14, 0, 0) == 0
+    assert second(15, 1, 5) == 0

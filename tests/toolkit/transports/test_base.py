@@ -43,3 +43,39 @@ async def test_a_server_closes_although_its_driver_swallows_a_cancellation() -> 
         await server.close(0)
 
     assert (status, server.status) == (Status.CONNECTING, Status.CLOSED)
+
+
+class Quitter(Stubborn):
+    """Its driver cancels whoever uses it, once."""
+
+    scheme = "quitter"
+
+    def __init__(self) -> None:
+        super().__init__(Address("quitter", "h", 1, {"max_retry_delay": 0.01}), service(echo))
+        self.subscribed = 0
+
+    async def subscribe(self) -> None:
+        self.subscribed += 1
+
+    async def until_lost(self) -> str:
+        if self.subscribed == 1:
+            raise asyncio.CancelledError
+        await asyncio.Event().wait()
+        return "never"
+
+
+@pytest.mark.asyncio
+async def test_a_server_that_hears_no_more_is_not_connected_and_begins_again(caplog: pytest.LogCaptureFixture) -> None:
+    server = Quitter()
+    states: list[Status] = []
+
+    async with asyncio.timeout(PATIENCE):
+        await server.listen()
+        while server.subscribed < 2 or server.status is not Status.CONNECTED:
+            states.append(server.status)
+            await asyncio.sleep(0.001)
+        await server.close(0.1)
+
+    assert Status.RECONNECTING in states
+    assert "hears quitter://h:1 no more; it begins again" in caplog.text
+    assert (server.subscribed, server.status) == (2, Status.CLOSED)
