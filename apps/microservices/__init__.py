@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .client import clients
     from .consumers import EventConsumer, EventRouter
     from .context import RpcContext
+    from .discovery.balancer import Balancer
     from .exceptions import (
         ConfigurationError,
         ConnectionLost,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 # Handed out on first use, so that the floors below the settings can be imported without Django.
 _HOMES = {
+    "Balancer": "discovery.balancer",
     "CircuitBreaker": "resilience.circuit_breaker",
     "ConfigurationError": "exceptions",
     "ConnectionLost": "exceptions",
@@ -48,6 +50,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Balancer",
     "CircuitBreaker",
     "ConfigurationError",
     "ConnectionLost",

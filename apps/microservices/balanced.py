@@ -12,12 +12,17 @@ from . import transports
 from .conf import get_settings
 from .context import RpcContext
 from .discovery.balancer import Balancer
-from .exceptions import RpcException
+from .discovery.instances import Instance
+from .exceptions import NoHandler, RpcException, Unavailable
 from .instruments import Bound
 from .resilience.breaker import REFUSALS
 from .resilience.retry import never_sent
 from .transports import Address
 from .transports.base import Caller, ClientProxy, Status
+
+_NO_NEWS = (*REFUSALS, NoHandler.code)
+_TRIED = 15
+"""How many attempts before the last one are remembered."""
 
 
 def connect(service: str, addresses: Sequence[Address]) -> Caller:
@@ -37,14 +42,15 @@ def connect(service: str, addresses: Sequence[Address]) -> Caller:
 class Balanced:
     """A proxy over one proxy for each instance, which `connect(url)` makes when it is first called.
 
-    `context.peer` tells which instance a call went to; an attempt that comes after it goes to another. A
-    connection that is refused has sent nothing, so that the call goes to the next instance at once. A stream
-    stays where it began.
+    `context.peer` tells which instance a call went to, and `context.tried` to which its attempts have gone: the
+    next goes to another. A connection that is refused has sent nothing, so that the call goes to the next
+    instance at once. A stream stays where it began.
     """
 
     def __init__(self, balancer: Balancer, connect: Callable[[str], ClientProxy]) -> None:
         self.balancer = balancer
         self._connect = connect
+        self._closed = False
         self._proxies: dict[str, ClientProxy] = {}
         first = self._proxy(next(iter(balancer.instances)))
         self.service = balancer.target
@@ -55,39 +61,42 @@ class Balanced:
 
     async def send(self, data: Any, context: RpcContext) -> Raw | None:
         """Do what `ClientProxy.send` does."""
-        balancer = self.balancer
+        balancer, proxies = self.balancer, self._proxies
         clock = balancer.clock
         left = len(balancer.instances)
         while True:
-            instance = balancer.choose(balancer.instances.get(context.peer))
-            context.peer = instance.url
+            instance = self._choose(context, timed=True)
             began = clock()
             failed: bool | None = None
             try:
-                result = await self._proxy(instance.url).send(data, context)
+                result = await (proxies.get(instance.url) or self._proxy(instance.url)).send(data, context)
                 failed = False
                 return result
             except RpcException as error:
-                failed = _failed(error)
+                failed = _failed(error, context, began)
                 left -= 1
-                if left <= 0 or not never_sent(error):
+                if not left or not never_sent(error):
                     raise
             finally:
-                balancer.done(instance, clock() - began, failed)
+                balancer.done(instance, began, failed)
 
     async def stream(self, data: Any, context: RpcContext) -> AsyncGenerator[Raw]:
         """Do what `ClientProxy.stream` does."""
         left = len(self.balancer.instances)
         while True:
+            answers = False
             try:
-                with self._untimed(context) as proxy:
+                with self._untimed(context) as (proxy, well):
                     async with aclosing(proxy.stream(data, context)) as values:
                         async for value in values:
+                            if not answers:
+                                answers = True
+                                well()
                             yield value
                 return
             except RpcException as error:
                 left -= 1
-                if left <= 0 or not never_sent(error):
+                if answers or not left or not never_sent(error):
                     raise
 
     async def emit(self, data: Any, context: RpcContext) -> None:
@@ -95,12 +104,12 @@ class Balanced:
         left = len(self.balancer.instances)
         while True:
             try:
-                with self._untimed(context) as proxy:
+                with self._untimed(context) as (proxy, _):
                     await proxy.emit(data, context)
                 return
             except RpcException as error:
                 left -= 1
-                if left <= 0 or not never_sent(error):
+                if not left or not never_sent(error):
                     raise
 
     @property
@@ -120,6 +129,7 @@ class Balanced:
 
     async def close(self) -> None:
         """Close the connections to all of them."""
+        self._closed = True
         for proxy in self._proxies.values():
             await proxy.close()
 
@@ -127,31 +137,45 @@ class Balanced:
         """Return the native object behind each, by its URL."""
         return {url: proxy.unwrap() for url, proxy in self._proxies.items()}
 
+    def _choose(self, context: RpcContext, *, timed: bool) -> Instance:
+        tried = context.tried
+        instance = self.balancer.choose(tried, timed=timed)
+        url = context.peer = instance.url
+        context.tried = (*tried[-_TRIED:], url) if tried else (url,)
+        return instance
+
     @contextmanager
-    def _untimed(self, context: RpcContext) -> Iterator[ClientProxy]:
+    def _untimed(self, context: RpcContext) -> Iterator[tuple[ClientProxy, Callable[[], None]]]:
         # How long a stream or an event takes says nothing of how quick an instance is.
         balancer = self.balancer
-        instance = balancer.choose(balancer.instances.get(context.peer))
-        context.peer = instance.url
+        instance = self._choose(context, timed=False)
+        began = balancer.clock()
         failed: bool | None = None
+
+        def well() -> None:
+            balancer.done(instance, began, failed=False, timed=False)
+
         try:
-            yield self._proxy(instance.url)
+            yield self._proxy(instance.url), well
             failed = False
         except RpcException as error:
-            failed = _failed(error)
+            failed = _failed(error, context, began)
             raise
         finally:
-            balancer.done(instance, None, failed)
+            balancer.done(instance, began, failed, timed=False)
 
     def _proxy(self, url: str) -> ClientProxy:
         proxy = self._proxies.get(url)
         if proxy is None:
+            if self._closed:
+                raise Unavailable(f"The client of {self.service} is closed.", code="closed")
             proxy = self._proxies[url] = self._connect(url)
         return proxy
 
 
-def _failed(error: RpcException) -> bool | None:
-    # A refusal tells of what is asked for, and not of who refuses it.
-    if error.code in REFUSALS or error.status_code == 429:
-        return None
+def _failed(error: RpcException, context: RpcContext, began: float) -> bool | None:
+    if error.code in _NO_NEWS or error.status_code in (429, 501):
+        return None  # it tells of what is asked for, and not of who is asked
+    if context.deadline is not None and context.deadline <= began:
+        return None  # its time was over before
     return error.status_code >= 500

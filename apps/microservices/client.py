@@ -17,6 +17,7 @@ from . import balanced, codec, conf, stubs, transports
 from .conf import get_settings, load
 from .context import RpcContext, current
 from .dependencies import EVENTS, Declared
+from .discovery.balancer import Balancer
 from .exceptions import ConfigurationError, InvalidPayload, RpcException
 from .executor import wait_for
 from .instruments import Bound
@@ -182,6 +183,12 @@ class Client:
     def guard(self) -> Guard | None:
         """The policies at work on the running loop."""
         return self._bound().guard
+
+    @property
+    def balancer(self) -> Balancer | None:
+        """What chooses among the instances, on the running loop; None where there is one address."""
+        proxy = self._bound().proxy
+        return proxy.balancer if isinstance(proxy, balanced.Balanced) else None
 
     @property
     def bounds(self) -> list[Bound]:

@@ -14,6 +14,7 @@ from django.conf import settings as django_settings
 from django.utils.module_loading import import_string
 
 from . import transports
+from .discovery import choosers
 from .exceptions import ConfigurationError
 from .handlers import Retry, registry
 from .resilience.policies import Plan
@@ -127,8 +128,9 @@ def get_settings() -> Settings:
     except msgspec.ValidationError as error:
         raise ConfigurationError(f"MICROSERVICES: {error}") from error
     transports.declare(found.transports)
-    for name in found.clients:
+    for name, place in found.clients.items():
         _plan(found, name)
+        choosers.find(place.balance)
     return found
 
 

@@ -34,7 +34,8 @@ class RpcContext(msgspec.Struct, kw_only=True, eq=False):
     where `pattern` is a wildcard, `headers` what the transport's own message said beside its body, and
     `native` that message itself, as the driver gives it (docs/transports.md lists them). On the calling side
     `raw_pattern` is the pattern as JSON, as the caller wrote it, `patience` the seconds to wait for each
-    next value of a stream, and `record` what the transport was told beside this one message.
+    next value of a stream, `record` what the transport was told beside this one message, and `tried` where
+    attempts have gone already, of a service at several addresses.
     """
 
     # A Struct, since one is made for each message: it costs a quarter of what a class with `__init__` does.
@@ -52,6 +53,7 @@ class RpcContext(msgspec.Struct, kw_only=True, eq=False):
     headers: Mapping[str, Any] = NO_HEADERS
     native: Any = None
     record: Any = None
+    tried: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return f"<RpcContext {self.side} {self.service} {self.pattern} {self.transport} {self.peer}>"

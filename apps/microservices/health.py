@@ -20,6 +20,7 @@ from health_check import HealthCheck
 from health_check.exceptions import ServiceUnavailable, ServiceWarning
 from health_check.views import HealthCheckView
 
+from .client import clients
 from .context import RpcContext
 from .db import fresh_connections
 from .exceptions import ConfigurationError
@@ -106,6 +107,20 @@ class Brokers(HealthCheck):
 
 
 @dataclasses.dataclass(repr=False)
+class Instances(HealthCheck):
+    """The instances of other services answer; those that are left out are told, and make nobody unready."""
+
+    def __repr__(self) -> str:
+        return "instances"
+
+    async def run(self) -> None:
+        balancers = [client.balancer for client in clients.used.values()]
+        out = [f"{each.target} {instance.url}" for each in balancers if each for instance in each.out]
+        if out:
+            raise ServiceWarning(f"left out: {', '.join(out)}")
+
+
+@dataclasses.dataclass(repr=False)
 class Migrated(HealthCheck):
     """The tables of a service are those that its code knows."""
 
@@ -186,7 +201,7 @@ def health_urls() -> list[URLPattern]:
     databases = [(ServiceDatabase, {"alias": alias}) for alias in connections if _is_used(alias)]
     checks: list[Any] = [Started, Doors, Shedding, *databases]
     migrated = [(Migrated, {"alias": alias}) for alias in connections if _is_used(alias)]
-    whole = HealthView.as_view(checks=[*checks, Brokers], tells_services=True)
+    whole = HealthView.as_view(checks=[*checks, Brokers, Instances], tells_services=True)
     return [
         path("livez", HealthView.as_view(checks=[]), name="livez"),
         path("readyz", HealthView.as_view(checks=checks), name="readyz"),

@@ -53,8 +53,8 @@ def chance() -> random.Random:
 class Work(Process):
     """The service of service.py, in a process of its own."""
 
-    def __init__(self, options: str = "", limit: int = 200, below: str = "") -> None:
-        (self.port,) = free_ports(1)
+    def __init__(self, options: str = "", limit: int = 200, below: str = "", port: int = 0) -> None:
+        self.port = port or free_ports(1)[0]
         self.url = f"tcp://127.0.0.1:{self.port}"
         command = [sys.executable, "-m", "tests.faults.service", self.url + options, str(limit), below]
         super().__init__(command, {"PYTHONPATH": str(ROOT / "apps")})
@@ -77,8 +77,8 @@ def start() -> Iterator[Callable[..., Work]]:
     """Start `Work` with these arguments; it ends with the test."""
     started: list[Work] = []
 
-    def starting(*args: Any) -> Work:
-        started.append(Work(*args))
+    def starting(*args: Any, **named: Any) -> Work:
+        started.append(Work(*args, **named))
         return started[-1]
 
     yield starting

@@ -9,9 +9,12 @@ from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 
 from microservices import transports
+from microservices.balanced import Balanced
 from microservices.client import Client
+from microservices.discovery.balancer import Balancer
 from microservices.exceptions import RpcException
 from microservices.resilience.policies import Plan
+from microservices.transports.base import Caller, ClientProxy
 
 _AFTER_FAILURE = 0.01
 _TICK = 0.01
@@ -137,7 +140,18 @@ async def make(call: Call, number: int, results: Results) -> None:
 def client_of(
     url: str, policies: dict[str, Any] | None = None, patterns: dict[str, dict[str, Any]] | None = None
 ) -> Client:
-    """Return a client of the service at `url`, with the policies that settings may say; without any for None."""
-    address = transports.parse(url)
+    """Return a client of the service at `url`, with the policies that settings may say; without any for None.
+
+    `url` may be several, with commas between them.
+    """
+    urls = transports.split(url)
     plan = None if policies is None else Plan("work", policies, patterns or {})
-    return Client("work", lambda: transports.load(address, "client")(address, "work"), source="tests", plan=plan)
+
+    def proxy(url: str) -> ClientProxy:
+        address = transports.parse(url)
+        return transports.load(address, "client")(address, "work")  # type: ignore[no-any-return]
+
+    def connect() -> Caller:
+        return proxy(url) if len(urls) == 1 else Balanced(Balancer("work", urls, source="tests"), proxy)
+
+    return Client("work", connect, source="tests", plan=plan)

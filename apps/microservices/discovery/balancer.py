@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 from ..exceptions import ConfigurationError
 from ..instruments import Counter
-from .choosers import CHOOSERS
-from .instances import FAILED, Instance
+from . import choosers
+from .instances import Instance
 
 logger = logging.getLogger("microservices.balancer")
 
@@ -26,6 +26,9 @@ _LEAST_CALLS = 10
 _FAILURE_RATE = 0.5
 _FIRST, _MOST = 1.0, 30.0
 """For how many seconds an instance is left out at first, and at most when it fails again and again."""
+
+# Whoever gives up says nothing of the instance.
+_GIVEN_UP = (CancelledError, GeneratorExit, KeyboardInterrupt)
 
 
 class Balancer:
@@ -47,12 +50,12 @@ class Balancer:
         clock: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
     ) -> None:
-        if chooser not in CHOOSERS:
-            raise ConfigurationError(f"{target}: no chooser {chooser!r}; there are {', '.join(CHOOSERS)}.")
         self.target = target
         self.clock = clock
         self._source = source
-        self._choose = CHOOSERS[chooser](rng or random.Random())  # noqa: S311 - spreads calls
+        rng = rng or random.Random()  # noqa: S311 - spreads calls
+        self._chance = rng.random
+        self._choose = choosers.find(chooser)(rng)
         self.instances: dict[str, Instance] = {url: Instance(url, clock()) for url in urls}
         self._usable: Sequence[Instance] = list(self.instances.values())
         self._review_at = float("inf")
@@ -83,50 +86,70 @@ class Balancer:
 
     # A call
 
-    def choose(self, tried: Instance | None = None) -> Instance:
-        """Return the instance for a call that begins now, another than `tried` if there is one. `done` must follow."""
+    def choose(self, tried: Sequence[str] = (), *, timed: bool = True) -> Instance:
+        """Return the instance for a call that begins now; `done` must follow.
+
+        Another than those whose URLs are `tried` already, while there is one, and then another than the last of
+        them. What is not `timed` is no load, as a stream on which nothing comes for hours.
+        """
         now = self.clock()
+        usable = self._usable
         if now >= self._review_at:
             trial = self._review(now)
-            if trial is not None and trial is not tried:
-                trial.trying = True
-                trial.pending += 1
-                return trial
-        usable = self._usable
-        if tried is not None and len(usable) > 1:
-            usable = [each for each in usable if each is not tried]
-        instance = usable[0] if len(usable) == 1 else self._choose(usable, now)
-        instance.pending += 1
+            usable = self._usable
+            if trial is not None and trial.url not in tried:
+                return self._try(trial, now, timed)
+        if tried:
+            usable = (
+                [each for each in usable if each.url not in tried]
+                or [each for each in usable if each.url != tried[-1]]
+                or usable
+            )
+        instance = usable[0]
+        if len(usable) > 1:
+            instance = self._choose(usable, now)
+            if instance.warm_at > now and self._chance() > instance.share(now):
+                others = [each for each in usable if each is not instance]
+                instance = self._choose(others, now) if len(others) > 1 else others[0]
+        if timed:
+            instance.begin(now)
         return instance
 
-    def done(self, instance: Instance, seconds: float | None, failed: bool | None) -> None:
-        """Note that a call has ended after so many seconds; either is None where it says nothing of the instance."""
+    def done(self, instance: Instance, began: float, failed: bool | None, *, timed: bool = True) -> None:
+        """Note that a call has ended which began then; `failed` is None where its end says nothing of the instance."""
         now = self.clock()
-        instance.pending -= 1
         if failed is None:
-            if instance.trying:
-                instance.trying = False
-                self._review_at = now  # the next call tries it
-            return
-        if failed:
-            instance.observe(now, max(seconds or 0, FAILED))
-        elif seconds is not None:
-            instance.observe(now, seconds)
-        if instance.out:
-            self._learn(instance, now, now - (seconds or 0), failed=failed)
-            return
-        instance.count(now, failed=failed)
-        if failed:
-            self._judge(instance, now)
+            if timed:
+                instance.leave()
+            if instance.trying and began >= instance.out_since:
+                instance.out_until = self._review_at = now  # the next call tries it
+        else:
+            if timed:
+                instance.end(now, now - began, failed=failed)
+            elif failed:
+                instance.begin(now)
+                instance.end(now, 0, failed=True)
+            if instance.out:
+                self._learn(instance, now, began, failed=failed)
+            elif failed:
+                self._judge(instance, now)
 
-    def pick(self, tried: Instance | None = None) -> Pick:
+    def pick(self, tried: Sequence[str] = ()) -> Pick:
         """Return a context manager around a call by any client: `with balancer.pick() as picked: ...picked.url...`.
 
-        An exception is a failure; `picked.failed = True` says so of an answer.
+        An exception is a failure, unless it is a cancellation; what is said by `picked.failed = ...` counts more.
         """
         return Pick(self, self.choose(tried))
 
     # Health
+
+    def _try(self, instance: Instance, now: float, timed: bool) -> Instance:
+        instance.trying = True
+        instance.out_until = now + _MOST  # if its end is not heard of until then, another call tries it
+        self._review(now)
+        if timed:
+            instance.begin(now)
+        return instance
 
     def _learn(self, instance: Instance, now: float, began: float, *, failed: bool) -> None:
         # What began before it was left out says nothing new; where all fail, any call tries it.
@@ -167,9 +190,9 @@ class Balancer:
             logger.warning("%s: more than half of its instances fail; all are used", self.target)
         self._panic = panic
         self._usable = everyone if panic or not well else well
-        waiting = [each for each in everyone if each.out and not each.trying]
-        due = [each for each in waiting if each.out_until <= now]
-        self._review_at = now if due else min((each.out_until for each in waiting), default=float("inf"))
+        ends = [each.out_until for each in everyone if each.out]
+        due = [each for each in everyone if each.out and each.out_until <= now]
+        self._review_at = now if due else min(ends, default=float("inf"))
         return due[0] if due else None
 
 
@@ -183,14 +206,14 @@ class Pick:
         self._began = balancer.clock()
         self.instance = instance
         self.url = instance.url
-        self.failed = False
+        self.failed: bool | None = None
+        """Whether the instance has failed, where the caller knows: an answer of 500 and above, and not of 4xx."""
 
     def __enter__(self) -> Pick:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        failed: bool | None = self.failed
-        if kind is not None:
-            # Whoever gives up says nothing of the instance.
-            failed = None if issubclass(kind, CancelledError | GeneratorExit | KeyboardInterrupt) else True
-        self._balancer.done(self.instance, self._balancer.clock() - self._began, failed)
+        failed = self.failed
+        if failed is None and (kind is None or not issubclass(kind, _GIVEN_UP)):
+            failed = kind is not None
+        self._balancer.done(self.instance, self._began, failed)

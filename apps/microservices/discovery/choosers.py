@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from itertools import count
 
+from ..exceptions import ConfigurationError
 from .instances import Instance
 
 Chooser = Callable[[Sequence[Instance], float], Instance]
@@ -62,3 +63,10 @@ CHOOSERS: dict[str, Callable[[random.Random], Chooser]] = {
     "random": any_one,
 }
 """By the name that settings have for them."""
+
+
+def find(name: str) -> Callable[[random.Random], Chooser]:
+    """Return what makes the chooser of this name. Raises ConfigurationError."""
+    if name not in CHOOSERS:
+        raise ConfigurationError(f"There is no chooser {name!r}; there are {', '.join(CHOOSERS)}.")
+    return CHOOSERS[name]

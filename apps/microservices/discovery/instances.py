@@ -12,7 +12,7 @@ WINDOW = 10
 """Seconds of which calls are counted."""
 SLOW_START = 10.0
 """Seconds in which a new instance comes to its share."""
-_LEAST_WEIGHT = 0.1
+_LEAST_SHARE = 0.1
 
 
 class Instance:
@@ -21,18 +21,19 @@ class Instance:
     __slots__ = (
         "_calls",
         "_failures",
+        "_heard",
         "_latency",
         "_second",
         "_seen",
         "ejections",
         "failures_in_a_row",
-        "fresh_at",
         "out",
         "out_since",
         "out_until",
         "pending",
         "trying",
         "url",
+        "warm_at",
     )
 
     def __init__(self, url: str, now: float, latency: float = 0.0, *, fresh: bool = False) -> None:
@@ -47,10 +48,10 @@ class Instance:
         self.out_since = self.out_until = now
         self.trying = False
         """Whether that call is under way."""
-        self.fresh_at = now if fresh else now - SLOW_START
-        """Since when it gets calls."""
+        self.warm_at = now + SLOW_START if fresh else now
+        """When it gets as many calls as the others."""
         self._latency = latency
-        self._seen = now
+        self._seen = self._heard = now
         self._second = int(now)
         self._calls = [0] * WINDOW
         self._failures = [0] * WINDOW
@@ -65,28 +66,49 @@ class Instance:
 
     def load(self, now: float) -> float:
         """Return what one more call would cost: its latency, times the calls that are there."""
-        # Of whom nothing has been heard yet, he who keeps a first call waiting is not the quickest.
-        load = (self.latency(now) or (FAILED if self.pending else 0.0)) * (self.pending + 1)
-        age = now - self.fresh_at
-        return load if age >= SLOW_START else load / max(age / SLOW_START, _LEAST_WEIGHT)
+        pending = self.pending
+        if not pending:
+            return self._latency if now - self._seen <= 1 else self.latency(now)
+        # Who owes answers and is silent is at least so slow, before a call of his has ended. Of whom nothing has
+        # been heard yet, he who keeps a first call waiting is not the quickest.
+        silent = now - self._heard
+        latency = self._latency or FAILED
+        return (silent if silent > latency else latency) * (pending + 1)
 
-    def observe(self, now: float, seconds: float) -> None:
-        """Note how long a call took."""
-        kept = exp((self._seen - now) / DECAY)
-        self._latency = seconds if seconds >= self._latency else self._latency * kept + seconds * (1 - kept)
-        self._seen = now
+    def share(self, now: float) -> float:
+        """Return the part of the calls meant for it that it gets, from 0 to 1: few at first."""
+        return max(1 - (self.warm_at - now) / SLOW_START, _LEAST_SHARE)
 
-    def count(self, now: float, *, failed: bool) -> None:
-        """Note how a call ended."""
+    def begin(self, now: float) -> None:
+        """Note that a call begins."""
+        if not self.pending:
+            self._heard = now
+        self.pending += 1
+
+    def end(self, now: float, seconds: float, *, failed: bool) -> None:
+        """Note that a call has ended, after how long and how."""
+        self.pending -= 1
+        if failed:
+            self.failures_in_a_row += 1
+            if seconds < FAILED:
+                seconds = FAILED
+        else:
+            self.failures_in_a_row = 0
+        if seconds >= self._latency:
+            self._latency = seconds
+        else:
+            self._latency = seconds + (self._latency - seconds) * exp((self._seen - now) / DECAY)
+        self._seen = self._heard = now
         second = int(now)
         if second != self._second:
             self._advance(second)
         self._calls[second % WINDOW] += 1
         if failed:
             self._failures[second % WINDOW] += 1
-            self.failures_in_a_row += 1
-        else:
-            self.failures_in_a_row = 0
+
+    def leave(self) -> None:
+        """Note that a call has ended which says nothing of the instance."""
+        self.pending -= 1
 
     def counted(self, now: float) -> tuple[int, int]:
         """Return the calls of the window, and how many of them failed."""
@@ -95,12 +117,12 @@ class Instance:
 
     def admit(self, now: float) -> None:
         """Give it calls again, few at first, and forget how the ones before ended."""
-        self.out = False
+        self.out = self.trying = False
+        self.out_until = now
         self.failures_in_a_row = 0
         self._calls = [0] * WINDOW
         self._failures = [0] * WINDOW
-        self.fresh_at = now
-        self.trying = False
+        self.warm_at = now + SLOW_START
 
     def _advance(self, second: int) -> None:
         for passed in range(max(self._second + 1, second - WINDOW + 1), second + 1):

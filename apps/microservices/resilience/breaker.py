@@ -316,7 +316,7 @@ class Breaker:
         try:
             return await endpoint(data, trial)
         finally:
-            context.id, context.peer = trial.id, trial.peer
+            context.id, context.peer, context.tried = trial.id, trial.peer, trial.tried
 
     def _refusal(self, circuit: Circuit, context: RpcContext, now: float) -> Unavailable:
         text = f"{context.service} {pattern_name(context.pattern)} has failed too often, and is left alone for a while."

@@ -22,6 +22,7 @@ class AttemptTimeout:
             try:
                 return await endpoint(data, attempt)
             finally:
-                context.id, context.peer = attempt.id, attempt.peer  # for the log, and for the next attempt
+                # For the log, and for the next attempt.
+                context.id, context.peer, context.tried = attempt.id, attempt.peer, attempt.tried
 
         return timed

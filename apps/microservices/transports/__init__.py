@@ -100,7 +100,7 @@ SCHEMES = {
 
 _declared: set[str] = set()
 
-_NEXT_URL = re.compile(r",(?=[a-z][a-z0-9+.-]*://)")
+_NEXT_URL = re.compile(r",\s*(?=[a-z][a-z0-9+.-]*://)")
 
 
 def declare(transports: Mapping[str, Transport]) -> None:

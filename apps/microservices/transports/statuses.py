@@ -51,7 +51,7 @@ _FROM_STATUS = {
 }
 _BY_NUMBER: dict[Any, grpc.StatusCode] = {code.value[0]: code for code in Code}
 # grpc's own sentences for a call that never left; whether anything was sent is told in words only.
-_NEVER_SENT = ("failed to connect to all addresses", "DNS resolution failed")
+_NEVER_SENT = ("failed to connect to all addresses", "connections to all backends failing", "DNS resolution failed")
 _TOO_LARGE = (
     "SERVER: Received message larger than max",
     "CLIENT: Sent message larger than max",

@@ -43,18 +43,18 @@ def call(
     balancer: Balancer, clock: Clock, seconds: float = 0.01, failed: Callable[[str], bool] = lambda url: False
 ) -> str:
     """Make one call that takes so long; return the URL of who got it."""
-    instance = balancer.choose()
+    instance, began = balancer.choose(), clock.now
     clock.now += seconds
-    balancer.done(instance, seconds, failed(instance.url))
+    balancer.done(instance, began, failed(instance.url))
     return instance.url
 
 
 def fail(balancer: Balancer, url: str, times: int = 1) -> None:
     """Let calls of one instance fail."""
     for _ in range(times):
-        instance = balancer.instances[url]
-        instance.pending += 1
-        balancer.done(instance, 0.01, failed=True)
+        instance, now = balancer.instances[url], balancer.clock()
+        instance.begin(now)
+        balancer.done(instance, now, failed=True)
 
 
 def simulate(
@@ -69,16 +69,21 @@ def simulate(
     under_way: list[tuple[float, int, float, Instance]] = []
     got: Counter[str] = Counter()
     failures: Counter[str] = Counter()
+
+    def end_until(time: float) -> None:
+        while under_way and under_way[0][0] <= time:
+            clock.now, _, began, instance = heapq.heappop(under_way)
+            balancer.done(instance, began, failed(instance.url))
+
     for number in range(count):
         begins = clock.now + 1 / rate
-        while under_way and under_way[0][0] <= begins:
-            clock.now, _, began, instance = heapq.heappop(under_way)
-            balancer.done(instance, clock.now - began, failed(instance.url))
+        end_until(begins)
         clock.now = begins
         instance = balancer.choose()
         got[instance.url] += 1
         failures[instance.url] += failed(instance.url)
         heapq.heappush(under_way, (begins + took(instance.url), number, begins, instance))
+    end_until(float("inf"))
     return got, failures
 
 
@@ -110,6 +115,20 @@ def test_one_that_stands_still_gets_hardly_anything(clock: Clock) -> None:
     assert got["stopped"] < 0.01 * 4000
 
 
+def test_one_that_keeps_a_call_waiting_is_charged_for_it_before_it_has_ended(clock: Clock) -> None:
+    balancer = over(clock, "a", "stopped")
+    a, stopped = balancer.instances.values()
+    for each in (a, stopped):
+        each.begin(clock.now)
+        balancer.done(each, clock.now - 0.01, failed=False)
+    stopped.begin(clock.now)
+    clock.now += 0.5
+    for _ in range(10):
+        a.begin(clock.now)
+
+    assert {balancer.choose().url for _ in range(10)} == {"a"}
+
+
 def test_one_that_fails_at_once_draws_hardly_any_calls(clock: Clock) -> None:
     balancer = over(clock, "a", "b", "c", "broken")
 
@@ -138,8 +157,8 @@ def test_more_than_half_of_ten_calls_put_it_out_too(clock: Clock) -> None:
     a = balancer.instances["a"]
 
     for failed in [True, True, False] * 3:
-        a.pending += 1
-        balancer.done(a, 0.01, failed)
+        a.begin(clock.now)
+        balancer.done(a, clock.now, failed)
     assert balancer.out == []  # nine calls
     fail(balancer, "a")
 
@@ -150,8 +169,8 @@ def test_failures_of_more_than_ten_seconds_ago_are_forgotten(clock: Clock) -> No
     balancer = over(clock, "a", "b")
     a = balancer.instances["a"]
     for failed in [True, True, False] * 3:
-        a.pending += 1
-        balancer.done(a, 0.01, failed)
+        a.begin(clock.now)
+        balancer.done(a, clock.now, failed)
 
     clock.now += 11
     fail(balancer, "a")
@@ -180,7 +199,7 @@ def test_while_one_call_tries_it_no_other_does(clock: Clock) -> None:
 
     trial = balancer.choose()
     others = {call(balancer, clock) for _ in range(20)}
-    balancer.done(trial, 0.2, failed=False)
+    balancer.done(trial, clock.now, failed=False)
 
     assert trial.url == "a"
     assert others == {"b"}
@@ -193,21 +212,37 @@ def test_a_trial_that_is_given_up_is_followed_by_another(clock: Clock) -> None:
     clock.now += 1
     trial = balancer.choose()
 
-    balancer.done(trial, 0.2, failed=None)
+    balancer.done(trial, clock.now, failed=None)
 
     assert balancer.choose() is trial
 
 
-def test_what_is_not_timed_brings_an_instance_back_too(clock: Clock) -> None:
+def test_a_trial_whose_end_is_not_heard_of_is_followed_by_another(clock: Clock) -> None:
     balancer = over(clock, "a", "b")
     fail(balancer, "a", 5)
     clock.now += 1
-    before = balancer.instances["a"].latency(clock.now)
+    trial = balancer.choose()
 
-    balancer.done(balancer.choose(), None, failed=False)
+    clock.now += 29
+    assert balancer.choose().url == "b"
+    clock.now += 1
+    assert balancer.choose() is trial
 
-    assert balancer.out == []
-    assert balancer.instances["a"].latency(clock.now) == before
+
+def test_what_is_not_timed_tries_it_too_and_is_no_load(clock: Clock) -> None:
+    balancer = over(clock, "a", "b")
+    fail(balancer, "a", 5)
+    clock.now += 1
+
+    trial = balancer.choose(timed=False)
+    balancer.done(trial, clock.now, failed=False, timed=False)
+    assert (trial.url, balancer.out) == ("a", [])
+
+    for _ in range(5):
+        balancer.done(trial, clock.now, failed=False, timed=False)
+        balancer.done(trial, clock.now, failed=True, timed=False)
+    assert [each.pending for each in balancer.instances.values()] == [0, 0]
+    assert balancer.out == [trial]
 
 
 def test_a_trial_does_not_go_where_the_call_has_just_been(clock: Clock) -> None:
@@ -215,19 +250,19 @@ def test_a_trial_does_not_go_where_the_call_has_just_been(clock: Clock) -> None:
     fail(balancer, "a", 5)
     clock.now += 1
 
-    assert balancer.choose(balancer.instances["a"]).url == "b"
+    assert balancer.choose(["a"]).url == "b"
     assert balancer.choose().url == "a"
 
 
 def test_calls_that_began_before_it_was_put_out_do_not_bring_it_back(clock: Clock) -> None:
     balancer = over(clock, "a", "b")
     a, b = balancer.instances.values()
-    a.pending += 1
+    a.begin(clock.now)
     fail(balancer, "a", 5)
     fail(balancer, "b", 5)  # all are used
     clock.now += 0.1
 
-    balancer.done(a, seconds=5, failed=False)
+    balancer.done(a, clock.now - 5, failed=False)
 
     assert balancer.out == [a, b]
 
@@ -259,8 +294,9 @@ def test_whoever_answers_while_all_are_used_is_in_again(clock: Clock) -> None:
     assert len(balancer.out) == 1
 
 
-def test_a_new_instance_comes_to_its_share_in_ten_seconds(clock: Clock) -> None:
-    balancer = over(clock, "a", "b", "c")
+@pytest.mark.parametrize("chooser", CHOOSERS)
+def test_a_new_instance_comes_to_its_share_in_ten_seconds(clock: Clock, chooser: str) -> None:
+    balancer = over(clock, "a", "b", "c", chooser=chooser)
     simulate(balancer, clock, lambda url: 0.02, lambda url: False, rate=500, count=500)
 
     balancer.update(["a", "b", "c", "new"])
@@ -286,27 +322,31 @@ def test_a_source_that_turns_empty_keeps_its_last_good_list(clock: Clock) -> Non
     assert {call(balancer, clock) for _ in range(50)} == {"a", "b"}
 
 
-def test_a_second_attempt_goes_elsewhere_where_there_is_another(clock: Clock) -> None:
-    balancer = over(clock, "a", "b")
-    a = balancer.instances["a"]
+def test_another_attempt_goes_elsewhere_while_there_is_another(clock: Clock) -> None:
+    balancer = over(clock, "a", "b", "c", chooser="random")
 
-    assert {balancer.choose(a).url for _ in range(20)} == {"b"}
-    assert over(clock, "a").choose(a).url == "a"
+    def next_ones(*tried: str) -> set[str]:
+        return {balancer.choose(tried).url for _ in range(20)}
+
+    assert next_ones("a") == {"b", "c"}
+    assert next_ones("a", "c") == {"b"}
+    assert next_ones("b", "c", "a") == {"b", "c"}
+    assert next_ones("gone") == {"a", "b", "c"}
+    assert over(clock, "a").choose(["a"]).url == "a"
 
 
 def test_a_failure_is_charged_a_second_and_forgotten_as_time_goes_by(clock: Clock) -> None:
     instance = Instance("a", clock.now)
-    instance.observe(clock.now, 0.01)
-    assert instance.latency(clock.now) == 0.01
-    instance.observe(clock.now, 1.0)
-    instance.observe(clock.now, 0.01)
-    assert instance.latency(clock.now) == 1.0
+    for seconds, failed, latency in ((0.01, False, 0.01), (0.01, True, 1.0), (0.01, False, 1.0)):
+        instance.begin(clock.now)
+        instance.end(clock.now, seconds, failed=failed)
+        assert instance.latency(clock.now) == latency
 
     assert instance.latency(clock.now + 10) == pytest.approx(0.37, abs=0.01)
 
 
 def test_a_chooser_that_is_not_known_is_told_of(clock: Clock) -> None:
-    with pytest.raises(ConfigurationError, match="no chooser 'best'; there are two-choices"):
+    with pytest.raises(ConfigurationError, match="no chooser 'best'; there are two-choices, "):
         over(clock, "a", chooser="best")
     with pytest.raises(ConfigurationError, match="users has no address"):
         over(clock)
@@ -347,4 +387,23 @@ def test_who_gives_up_says_nothing_of_the_instance(clock: Clock) -> None:
     for _ in range(20):
         with balancer.pick() as picked:
             picked.failed = True
+    assert balancer.out != []
+
+
+def test_what_a_caller_says_of_an_answer_counts_more_than_an_exception(clock: Clock) -> None:
+    balancer = over(clock, "a", "b")
+
+    def call(failed: bool | None) -> None:
+        with balancer.pick() as picked:
+            picked.failed = failed
+            raise LookupError
+
+    for _ in range(20):
+        with pytest.raises(LookupError):
+            call(failed=False)
+    assert balancer.out == []
+
+    for _ in range(20):
+        with pytest.raises(LookupError):
+            call(failed=None)
     assert balancer.out != []

@@ -177,6 +177,17 @@ def test_settings_that_cannot_be_read_are_e004_and_stop_no_other_check(
             id="no bus",
         ),
         pytest.param(
+            {"CLIENTS": {"users": {"url": "amqp://a,amqp://b"}}},
+            "MICROSERVICES CLIENTS['users']: amqp:// is a broker's, which deals calls out itself: give one URL.",
+            id="several brokers",
+        ),
+        pytest.param(
+            {"SERVERS": {"users": {"url": "tcp://127.0.0.1:3001,tcp://127.0.0.1:3002"}}},
+            "MICROSERVICES SERVERS['users']: 'tcp://127.0.0.1:3001,tcp://127.0.0.1:3002' holds several addresses, "
+            "where there can be one.",
+            id="a server at several addresses",
+        ),
+        pytest.param(
             {"SERVERS": {"users": {"url": "memory://"}}},
             "MICROSERVICES SERVERS['users']: memory:// cannot serve a service; "
             "use tcp://, tcps://, redis://, rediss://, "

@@ -8,7 +8,7 @@ import pytest
 from pytest_django import Settings
 
 from microservices import ConfigurationError
-from microservices.conf import Service, address, events_address, get_settings, load
+from microservices.conf import Service, address, addresses, events_address, get_settings, load
 from microservices.telemetry.logging import CallLog
 
 made: list[Made] = []
@@ -80,6 +80,11 @@ def test_the_setting_is_read_once(settings: Settings) -> None:
             id="a field of a place",
         ),
         pytest.param(
+            {"CLIENTS": {"users": {"url": "tcp://u:1,tcp://v:1", "balance": "best"}}},
+            "There is no chooser 'best'; there are two-choices, pending, round-robin, random.",
+            id="no chooser",
+        ),
+        pytest.param(
             {"SERVERS": {"users": {}}},
             "MICROSERVICES: Object missing required field `url` - at `$.SERVERS",
             id="a place without a URL",
@@ -118,6 +123,28 @@ def test_a_transport_is_told_by_a_dict_what_it_may_be_told_by_a_url() -> None:
     found = address("tcp://u:1?idle_timeout=5", {"idle_timeout": 7, "max_in_flight": 8})
 
     assert found.options == {"idle_timeout": "5", "max_in_flight": 8}  # the URL is nearer to whoever operates it
+
+
+def test_a_service_may_be_at_several_addresses_which_are_told_the_same() -> None:
+    found = addresses("tcp://u:1,tcp://[::1]:2?max_in_flight=9, tcp://w:3", {"max_in_flight": 8})
+
+    assert [str(each) for each in found] == ["tcp://u:1", "tcp://[::1]:2", "tcp://w:3"]
+    assert [each.options["max_in_flight"] for each in found] == [8, "9", 8]
+
+
+@pytest.mark.parametrize(
+    ("url", "text"),
+    [
+        ("nats://u,nats://v", "nats:// is a broker's, which deals calls out itself: give one URL."),
+        ("tcp://u:1,grpc://v:1", "tcp://u:1, grpc://v:1: the instances of a service have one scheme."),
+        ("tcp://u:1,v:1", "write each with its scheme, as in tcp://a:3001,tcp://b:3001."),
+    ],
+)
+def test_not_all_addresses_can_be_those_of_one_service(url: str, text: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        addresses(url)
+
+    assert str(caught.value).endswith(text)
 
 
 def test_the_bus_has_options_of_its_own(settings: Settings) -> None:

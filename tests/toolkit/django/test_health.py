@@ -14,9 +14,10 @@ from asgiref.sync import async_to_sync
 from django.test import Client, RequestFactory
 from health_check import HealthCheck
 from health_check.exceptions import ServiceWarning
+from pytest_django import Settings
 
-from microservices import health
-from microservices.health import Brokers, Doors, HealthView, Migrated, ServiceDatabase, Started
+from microservices import clients, health
+from microservices.health import Brokers, Doors, HealthView, Instances, Migrated, ServiceDatabase, Started
 from microservices.lifecycle import State, lifecycle
 from microservices.microservice import get_microservice
 from microservices.transports import Address, parse
@@ -62,7 +63,7 @@ def test_a_process_that_takes_calls_tells_each_of_its_checks(client: Client, pag
         "load": {"status": "up"},
         "database default": {"status": "up"},
         **{f"database {name}": {"status": "up"} for name in ("users", "orders", "payments", "notifications")},
-        **({"brokers": {"status": "up"}} if page == "/health" else {}),
+        **({key: {"status": "up"} for key in ("brokers", "instances")} if page == "/health" else {}),
     }
 
 
@@ -110,6 +111,27 @@ def test_a_broker_that_is_away_is_told_and_makes_nothing_unready(
     assert answer.status_code == 200
     assert body["details"]["brokers"] == ({"status": "up"} if status is Status.CONNECTED else away)
     assert body["services"] == [{"name": "shop", "transports": {"redis://127.0.0.1:6379": str(status)}}]
+
+
+@pytest.mark.usefixtures("_ready")
+def test_an_instance_that_is_left_out_is_told_and_makes_nothing_unready(rf: RequestFactory, settings: Settings) -> None:
+    settings.MICROSERVICES = {"CLIENTS": {"users": {"url": "tcp://127.0.0.1:1,tcp://127.0.0.1:2"}}}
+
+    async def ask_before_and_after() -> list[dict[str, Any]]:
+        balancer = clients["users"].balancer
+        assert balancer is not None
+        page = HealthView.as_view(checks=[Instances])
+        answers = [await page(rf.get("/health"))]
+        for _ in range(5):
+            balancer.done(balancer.choose(["tcp://127.0.0.1:2"]), balancer.clock(), failed=True)
+        answers.append(await page(rf.get("/health")))
+        assert [answer.status_code for answer in answers] == [200, 200]
+        return [msgspec.json.decode(answer.content)["details"]["instances"] for answer in answers]
+
+    before, after = async_to_sync(ask_before_and_after)()
+
+    assert before == {"status": "up"}
+    assert after == {"status": "up", "message": "Warning: left out: users tcp://127.0.0.1:1"}
 
 
 @databases

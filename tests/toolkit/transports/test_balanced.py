@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
-from pathlib import Path
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from typing import Any
 
 import pytest
@@ -15,24 +14,24 @@ from microservices import message_pattern
 from microservices.balanced import Balanced
 from microservices.client import Client
 from microservices.discovery.balancer import Balancer
+from microservices.discovery.choosers import CHOOSERS
 from microservices.dispatcher import Dispatcher
-from microservices.exceptions import RpcException, Unavailable
+from microservices.exceptions import DeadlineExceeded, NoHandler, RpcException, Unavailable
 from microservices.resilience.policies import Plan
 from microservices.transports import Address, parse
 from microservices.transports.base import ClientProxy, Status
 from microservices.transports.grpc import GrpcClient, GrpcServer
 from microservices.transports.tcp import TcpClient, TcpServer
 from tests.toolkit.conftest import service
-from tests.toolkit.transports.contract import PATIENCE, TransportContract
-from tests.toolkit.transports.test_grpc import address as grpc_address
-from tests.toolkit.transports.test_grpc import doors_opened
+from tests.toolkit.transports import test_grpc
+from tests.toolkit.transports.contract import PATIENCE, TransportContract, echo
 
 NOBODY = "tcp://127.0.0.1:1"
 
 
-def over(*urls: str) -> Balanced:
+def over(*urls: str, chooser: str = "two-choices") -> Balanced:
     """Return a proxy over these addresses."""
-    return Balanced(Balancer("shop", urls), lambda url: TcpClient(parse(url), "shop"))
+    return Balanced(Balancer("shop", urls, chooser=chooser), lambda url: TcpClient(parse(url), "shop"))
 
 
 class TestBalanced(TransportContract):
@@ -45,6 +44,29 @@ class TestBalanced(TransportContract):
 
     def proxy(self, dispatcher: Dispatcher, server: TcpServer) -> ClientProxy:
         return over(NOBODY, f"tcp://127.0.0.1:{server.port}")  # type: ignore[return-value] - it does all that one does
+
+
+class TestBalancedGrpc(test_grpc.TestGrpc):
+    def proxy(self, dispatcher: Dispatcher, server: GrpcServer) -> ClientProxy:
+        balancer = Balancer("shop", [f"grpc://127.0.0.1:{port}" for port in (1, server.port)])
+        return Balanced(  # type: ignore[return-value]
+            balancer,
+            lambda url: GrpcClient(test_grpc.address(parse(url).port, self.folder, rpcs=self.rpcs), "shop"),
+        )
+
+    async def test_one_that_goes_costs_no_call(self) -> None:
+        async with self.talk(echo):
+            other = await self.serve(service(echo))
+            balancer = Balancer("shop", [f"grpc://127.0.0.1:{server.port}" for server in (self.server, other)])
+            connect = self.proxy(self.server.dispatcher, self.server)._connect  # type: ignore[attr-defined]
+            balanced = Client("shop", lambda: Balanced(balancer, connect))
+            before = [await balanced.send("echo", number) for number in range(20)]
+            used = [instance.latency(balancer.clock()) > 0 for instance in balancer.instances.values()]
+            await other.close(0)
+            after = [await balanced.send("echo", number) for number in range(20)]
+            await balanced.close()
+
+        assert (before, used, after) == (list(range(20)), [True, True], list(range(20)))
 
 
 class Named:
@@ -66,27 +88,36 @@ class Named:
                 raise self.error
             return self.name
 
-        server = TcpServer(Address("tcp", "127.0.0.1", 0, {}), service(who))
+        @message_pattern("names")
+        async def names() -> AsyncIterator[str]:
+            self.asked += 1
+            yield self.name
+            if self.error is not None:
+                raise self.error
+
+        server = TcpServer(Address("tcp", "127.0.0.1", 0, {}), service(who, names))
         await server.listen()
         stack.push_async_callback(server.close, 0)
         return f"tcp://127.0.0.1:{server.port}"
 
 
 @asynccontextmanager
-async def two(policies: dict[str, Any] | None = None) -> AsyncIterator[tuple[Client, list[Named]]]:
-    """Serve two instances, and call them."""
+async def some(
+    names: str, policies: dict[str, Any] | None = None, chooser: str = "two-choices"
+) -> AsyncIterator[tuple[Client, list[Named]]]:
+    """Serve instances of these names, and call them."""
     async with AsyncExitStack() as stack, asyncio.timeout(PATIENCE):
-        instances = [Named("a"), Named("b")]
+        instances = [Named(name) for name in names]
         urls = [await instance.listen(stack) for instance in instances]
         plan = Plan("shop", policies or {"retries": 0}, {})
-        client = Client("shop", lambda: over(*urls), plan=plan)
+        client = Client("shop", lambda: over(*urls, chooser=chooser), plan=plan)
         stack.push_async_callback(client.close)
         yield client, instances
 
 
 @pytest.mark.asyncio
 async def test_calls_go_to_all_of_them() -> None:
-    async with two() as (client, _):
+    async with some("ab") as (client, _):
         answers = Counter([await client.send("who") for _ in range(100)])
 
     assert set(answers) == {"a", "b"}
@@ -95,7 +126,7 @@ async def test_calls_go_to_all_of_them() -> None:
 
 @pytest.mark.asyncio
 async def test_a_retry_goes_to_the_other_one() -> None:
-    async with two({"retry": "safe", "retries": 1, "retry_delay": 0.001}) as (client, instances):
+    async with some("ab", {"retry": "safe", "retries": 1, "retry_delay": 0.001}) as (client, instances):
         instances[0].error = RpcException({"statusCode": 503, "message": "Not now."})
         answers = [await client.send("who") for _ in range(20)]
 
@@ -104,9 +135,32 @@ async def test_a_retry_goes_to_the_other_one() -> None:
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize("chooser", CHOOSERS)
+async def test_a_second_retry_goes_to_a_third_one(chooser: str) -> None:
+    policies = {"retry": "safe", "retries": 2, "retry_delay": 0.001, "breaker": False}
+    async with some("abc", policies, chooser) as (client, instances):
+        for instance in instances[:2]:
+            instance.error = RpcException({"statusCode": 503, "message": "Not now."})
+        answers = [await client.send("who") for _ in range(20)]
+
+    assert answers == ["c"] * 20
+
+
+@pytest.mark.asyncio
+async def test_a_second_retry_after_attempts_that_took_too_long_goes_to_a_third_one() -> None:
+    policies = {"retry": "safe", "retries": 2, "retry_delay": 0.001, "attempt_timeout": 0.05, "breaker": False}
+    async with some("abc", policies, "round-robin") as (client, instances):
+        for instance in instances[:2]:
+            instance.gate = asyncio.Event()
+        answers = [await client.send("who") for _ in range(6)]
+
+    assert answers == ["c"] * 6
+
+
+@pytest.mark.asyncio
 async def test_a_retry_after_an_attempt_that_took_too_long_goes_to_the_other_one() -> None:
     policies = {"retry": "safe", "retries": 1, "retry_delay": 0.001, "attempt_timeout": 0.1}
-    async with two(policies) as (client, instances):
+    async with some("ab", policies) as (client, instances):
         instances[0].gate = asyncio.Event()
         answers = [await client.send("who") for _ in range(5)]
 
@@ -115,7 +169,7 @@ async def test_a_retry_after_an_attempt_that_took_too_long_goes_to_the_other_one
 
 @pytest.mark.asyncio
 async def test_a_hedge_goes_to_the_other_one() -> None:
-    async with two({"retry": "safe", "hedge": True}) as (client, instances):
+    async with some("ab", {"retry": "safe", "hedge": True}) as (client, instances):
         for _ in range(40):  # until it is known what is long
             await client.send("who")
         instances[0].gate = asyncio.Event()
@@ -126,7 +180,7 @@ async def test_a_hedge_goes_to_the_other_one() -> None:
 
 @pytest.mark.asyncio
 async def test_what_has_never_been_sent_goes_on_whatever_it_is() -> None:
-    async with two() as (client, _):
+    async with some("ab") as (client, _):
         url = next(iter(client._bound().proxy.unwrap()))
         away = Client("shop", lambda: over(NOBODY, url), plan=Plan("shop", {"retry": "never", "retries": 0}, {}))
         answers = [await away.send("who") for _ in range(20)]
@@ -150,16 +204,21 @@ async def test_where_nobody_is_there_it_is_told_once() -> None:
 
 
 @pytest.mark.asyncio
-async def test_refusals_and_answers_of_4xx_say_nothing_of_who_gives_them() -> None:
-    async with two() as (client, instances):
+async def test_refusals_and_errors_of_callers_say_nothing_of_who_is_asked() -> None:
+    async with some("ab", {"retries": 0, "breaker": False}) as (client, instances):
         proxy: Any = client._bound().proxy
-        for status, code in ((404, "not-found"), (429, "quota"), (503, "overloaded")):
+        for status, code in ((404, "not-found"), (429, "quota"), (501, "not-mapped"), (503, "overloaded")):
             error = RpcException({"statusCode": status, "code": code, "message": "no"})
             for instance in instances:
                 instance.error = error
             for _ in range(40):
                 with pytest.raises(RpcException, match="no"):
                     await client.send("who")
+        for _ in range(40):
+            with pytest.raises(NoHandler):
+                await client.send("what")
+            with pytest.raises(DeadlineExceeded):
+                await client.send("who", timeout=0)  # its time was over before
 
         assert proxy.balancer.out == []
         assert [instance.pending for instance in proxy.balancer.instances.values()] == [0, 0]
@@ -167,7 +226,7 @@ async def test_refusals_and_answers_of_4xx_say_nothing_of_who_gives_them() -> No
 
 @pytest.mark.asyncio
 async def test_one_that_fails_is_left_out() -> None:
-    async with two() as (client, instances):
+    async with some("ab") as (client, instances):
         instances[0].error = RpcException("broken")
         failed = 0
         for _ in range(100):
@@ -180,31 +239,53 @@ async def test_one_that_fails_is_left_out() -> None:
 
 
 @pytest.mark.asyncio
-async def test_calls_by_grpc_go_to_all_of_them_and_past_nobody(tmp_path: Path) -> None:
-    served: list[GrpcServer] = []
-    rpcs: dict[str, str] = {}
-    for name in ("a", "b"):
-        handlers = named(name)
-        rpcs = doors_opened(handlers, tmp_path)
-        server = GrpcServer(grpc_address(0, tmp_path), service(*handlers))
-        await server.listen()
-        served.append(server)
-    ports = (1, *(each.port for each in served))  # at the first there is nobody
-    places = {str(place): place for place in (grpc_address(port, tmp_path, rpcs=rpcs) for port in ports)}
-    balancer = Balancer("shop", places)
-    client = Client("shop", lambda: Balanced(balancer, lambda url: GrpcClient(places[url], "shop")))
-    async with asyncio.timeout(PATIENCE):
-        answers = Counter([await client.send("who") for _ in range(60)])
-    await client.close()
-    for server in served:
-        await server.close(0)
+async def test_a_stream_that_has_begun_is_not_begun_again_elsewhere() -> None:
+    async with some("ab", {"retries": 2, "retry": "safe"}) as (client, instances):
+        for instance in instances:
+            instance.error = RpcException({"statusCode": 503, "code": "draining", "message": "I leave."})
+        async with aclosing(client.stream("names")) as values:
+            await anext(values)
+            with pytest.raises(RpcException, match="I leave"):
+                await anext(values)
 
-    assert set(answers) == {"a", "b"}
+    assert sum(instance.asked for instance in instances) == 1
 
 
-def named(name: str) -> tuple[Any, ...]:
-    @message_pattern("who")
-    async def who() -> str:
-        return name
+@pytest.mark.asyncio
+async def test_a_stream_on_which_nothing_comes_is_no_load() -> None:
+    async with some("ab") as (client, _):
+        proxy: Any = client._bound().proxy
+        async with aclosing(client.stream("names")) as values:
+            await anext(values)
 
-    return (who,)
+            assert [instance.pending for instance in proxy.balancer.instances.values()] == [0, 0]
+
+
+@pytest.mark.asyncio
+async def test_streams_alone_bring_an_instance_back() -> None:
+    async with some("ab") as (client, _):
+        proxy: Any = client._bound().proxy
+        for instance in proxy.balancer.instances.values():
+            for _ in range(5):
+                instance.begin(0)
+                proxy.balancer.done(instance, 0, failed=True)
+        assert len(proxy.balancer.out) == 2
+
+        async with aclosing(client.stream("names")) as values:
+            await anext(values)
+
+            assert len(proxy.balancer.out) == 1
+
+
+@pytest.mark.asyncio
+async def test_one_that_is_closed_connects_to_nobody() -> None:
+    async with some("ab") as (client, instances):
+        proxy = client._bound().proxy
+        await proxy.close()
+        for _ in range(20):
+            with pytest.raises(Unavailable, match="closed"):
+                await proxy.send(None, client._context(proxy, "who", None, None))
+
+        assert len(proxy.unwrap()) == 1
+        assert [instance.asked for instance in instances] == [0, 0]
+        assert proxy.status is Status.CLOSED

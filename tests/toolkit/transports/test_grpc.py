@@ -766,6 +766,7 @@ def test_an_odd_error_object_of_a_peer_leaves_the_status_as_it_is(told: str) -> 
     ("details", "sent"),
     [
         ("failed to connect to all addresses; last error: refused", False),
+        ("connections to all backends failing; last error: refused", False),
         ("failed to connect to mail server", True),
         ("Socket closed", True),
     ],
