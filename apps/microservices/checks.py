@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import ast
-import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -121,20 +120,25 @@ def check_retries(**_: Any) -> list[checks.CheckMessage]:
         return []  # E004 tells
     found: list[checks.CheckMessage] = []
     for service in registry.services():
-        told = settings.clients[service].patterns if service in settings.clients else {}
+        place = settings.clients.get(service)
+        for_all = {**settings.policies, **(place.policies if place else {})}
         for handler in registry.of(service):
             for door in handler.doors:
                 if door.kind == "event":
                     continue
                 pattern = pattern_name(door.route)
-                policies = told.get(pattern, {})
-                if door.retry == "never" and (policies.get("retry", "never") != "never" or policies.get("retries")):
-                    text = f"MICROSERVICES lets calls of {service} {pattern} be repeated; {handler.name} forbids it."
+                policies = place.patterns.get(pattern, {}) if place else {}
+                told = {**for_all, **policies}.get("retry") or door.retry
+                if _BOLDNESS[told] > _BOLDNESS[door.retry]:
+                    text = f"MICROSERVICES calls {service} {pattern} {told!r}; {handler.name} says {door.retry!r}."
+                    hint = "It must not be repeated more freely than its handler allows."
+                    found.append(checks.Error(text, hint=hint, id="microservices.E005"))
+                elif door.retry == "never" and policies.get("retries"):
+                    text = f"MICROSERVICES asks for retries of {service} {pattern}; {handler.name} forbids them."
                     found.append(checks.Error(text, id="microservices.E005"))
-                fields = getattr(handler.payload, "__struct_fields__", None)
-                if door.retry == "keyed" and fields is not None and "idempotency_key" not in fields:
-                    text = f"{handler.name} knows a repetition by its key, and its payload has no `idempotency_key`."
-                    found.append(checks.Warning(text, hint="It is never repeated.", id="microservices.W006"))
+                if door.retry == "keyed" and "idempotency_key" not in _fields(handler.payload):
+                    text = f"{handler.name} knows a repetition by its key, and its payload shows no `idempotency_key`."
+                    found.append(checks.Warning(text, hint="Without one nothing is repeated.", id="microservices.W006"))
     return found
 
 
@@ -229,6 +233,15 @@ def _bad_urls(settings: Settings) -> Iterator[checks.CheckMessage]:
             yield checks.Error(f"MICROSERVICES {where}: {error}", id="microservices.E006")
 
 
+def _fields(payload: Any) -> Iterable[str]:
+    # Of a Struct, a dataclass, a serializer, a TypedDict.
+    names = ("__struct_fields__", "__dataclass_fields__", "_declared_fields", "__annotations__")
+    return next((found for name in names if (found := getattr(payload, name, None))), ())
+
+
+_BOLDNESS = {"never": 0, "keyed": 1, "safe": 2}
+
+
 def _open_doors(settings: Settings) -> Iterator[checks.CheckMessage]:
     if conf.debug():
         return
@@ -243,17 +256,8 @@ def _open_doors(settings: Settings) -> Iterator[checks.CheckMessage]:
 
 def _bad_rules(settings: Settings) -> Iterator[checks.CheckMessage]:
     for service, place in settings.servers.items():
-        known = {pattern_name(door.route) for handler in registry.of(service) for door in handler.doors}
-        for pattern, told in place.allow.items():
-            where = f"MICROSERVICES SERVERS[{service!r}] allow[{pattern!r}]"
-            if pattern not in known:
-                near = difflib.get_close_matches(pattern, known, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known)) or 'none'}."
-                yield checks.Error(f"{where}: there is no such pattern; {hint}", id="microservices.E013")
-            try:
-                doors.Rule(told)
-            except ConfigurationError as error:
-                yield checks.Error(f"{where}: {error}", id="microservices.E013")
+        for text in doors.mistakes(place.allow, registry.of(service)):
+            yield checks.Error(f"MICROSERVICES SERVERS[{service!r}] {text}", id="microservices.E013")
 
 
 def _ports_used_twice(settings: Settings) -> Iterator[checks.CheckMessage]:

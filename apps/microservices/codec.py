@@ -10,6 +10,7 @@ from typing import Any, ClassVar, TypeVar
 import msgspec
 from msgspec import Raw
 
+from . import depth
 from .exceptions import InvalidPayload, PacketError, RpcException
 from .packets import Packet, Reply
 
@@ -122,11 +123,11 @@ def decoder(annotation: Any) -> Decoder:
 
     `annotation` is anything that msgspec can decode: a Struct, a dataclass, a TypedDict, a built-in
     type, or Any for plain objects; or of a kind that is registered. Raises TypeError for a type that
-    JSON cannot fill.
+    JSON cannot fill. What may hold anything holds it to a bounded depth.
     """
     kind = kind_of(annotation)
     if kind is not None:
-        return kind.decoder(annotation)
+        return _shallow(kind.decoder(annotation))
     typed = msgspec.json.Decoder(annotation).decode
 
     def decode_payload(raw: bytes | Raw) -> Any:
@@ -137,7 +138,18 @@ def decoder(annotation: Any) -> Decoder:
         except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
             raise InvalidPayload("The payload is not JSON.") from error
 
-    return decode_payload
+    return _shallow(decode_payload) if depth.is_unbounded(annotation) else decode_payload
+
+
+def _shallow(decode: Decoder) -> Decoder:
+    shallow = depth.SHALLOW
+
+    def decode_shallow(raw: bytes | Raw) -> Any:
+        if len(raw) > shallow and depth.is_beyond(raw):
+            raise InvalidPayload(f"The payload is nested deeper than {depth.MOST} levels.")
+        return decode(raw)
+
+    return decode_shallow
 
 
 def invalid_payload(error: msgspec.ValidationError) -> InvalidPayload:

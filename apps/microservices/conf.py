@@ -44,7 +44,7 @@ class Service(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     patterns: dict[str, dict[str, Any]] = {}
     """The same for single patterns, by name: `{"get_user": {"retry": "safe", "cache": 5}}`."""
     allow: dict[str, list[str]] = {}
-    """Who may call a pattern, where not everybody may: networks, or `cert:` names of client certificates."""
+    """Who may call a pattern of SERVERS, where not everybody may: networks, `cert:NAME`s, or `broker`."""
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="upper"):
@@ -183,8 +183,7 @@ def brokers() -> list[Address]:
     """Return the addresses of all brokers that this process may use. Raises ConfigurationError."""
     settings = get_settings()
     places = (*settings.clients.values(), *settings.servers.values())
-    urls = dict.fromkeys([settings.events_url, *(place.url for place in places)])
-    found = [transports.parse(each) for url in urls for each in transports.split(url)]
+    found = [events_address(), *(each for place in places for each in addresses(place.url, place.options))]
     return [address for address in found if transports.SCHEMES[address.scheme].broker]
 
 

@@ -19,7 +19,7 @@ from .exceptions import INTERNAL, TRACEBACK, DeadlineExceeded, NoHandler, RpcExc
 from .executor import Executor, Lender, lender
 from .handlers import Colour, Delivery, Door, Handler
 from .instruments import dropped
-from .middleware import Call, Endpoint, Middleware, chain, chain_in_place
+from .middleware import Call, Endpoint, Middleware, chain, chain_in_place, standing
 from .packets import Packet, Response, route_in_text, route_on_wire
 
 logger = logging.getLogger("microservices.dispatcher")
@@ -309,11 +309,15 @@ class Dispatcher:
     # Start-up and bookkeeping
 
     def _compile(self, middlewares: Sequence[Middleware]) -> None:
+        watched: set[str] = set()
         for handler in self.handlers:
-            endpoint = chain(self._innermost(handler), middlewares)
-            call = chain_in_place(handler.call, middlewares) if handler.colour is Colour.INLINE else None
+            innermost = self._innermost(handler)
             for door in handler.doors:
-                target = Target(handler, door, endpoint, call)
+                before = standing(middlewares, handler, door)
+                if before:
+                    watched.add(door.route)
+                call = chain_in_place(handler.call, before) if handler.colour is Colour.INLINE else None
+                target = Target(handler, door, chain(innermost, before), call)
                 routes = self._methods if door.kind == "grpc" else self._routes
                 route = routes.get(door.route) or Route(door.route, None, ())
                 # As in NestJS, the last request handler of a pattern wins and all event handlers run.
@@ -323,7 +327,7 @@ class Dispatcher:
                     routes[door.route] = route._replace(request=target)
         for name, route in self._routes.items():
             targets = (*route.events, route.request)
-            unseen = not middlewares and all(target is None or _unseen_by(target.handler) for target in targets)
+            unseen = name not in watched and all(target is None or _unseen_by(target.handler) for target in targets)
             self._routes[name] = route._replace(unseen=unseen)
 
     def _innermost(self, handler: Handler) -> Endpoint:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import difflib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Any
 
-from . import transports
+from . import conf, transports
 from .context import RpcContext
 from .exceptions import FORBIDDEN, ConfigurationError, RpcException
+from .handlers import Door, Handler
 from .instruments import dropped
 from .middleware import Call, Endpoint
 from .packets import pattern_name
@@ -19,31 +21,55 @@ Network = IPv4Network | IPv6Network
 
 LOCAL, BROKER, CERTIFICATE = "local", "broker", "cert:"
 _DOORS = ("tcp", "grpc")
-_MOST_ROUTES = 1024
+_GUESTS = {("guest", "guest")}
+"""Names and passwords that everybody knows: a RabbitMQ's own, which it takes from its host alone unless told."""
+
+
+# Addresses
+
+
+def refuse_insecure(urls: Iterable[str]) -> None:
+    """Raise ConfigurationError for what the system checks E010 and E012 tell of, which can be skipped.
+
+    `urls` are the doors that are about to open.
+    """
+    settings = conf.get_settings()
+    if conf.debug():
+        return
+    if not settings.insecure_doors:
+        for text in open_to_all(map(transports.parse, urls)):
+            raise ConfigurationError(text)
+    if not settings.insecure_brokers:
+        for text in without_password(conf.brokers()):
+            raise ConfigurationError(text)
 
 
 def open_to_all(addresses: Iterable[Address]) -> Iterator[str]:
     """Tell of each door that others than this host can reach, and that knows none of them: no TLS."""
     for address in addresses:
         if address.scheme in _DOORS and not _is_loopback(address.host):
-            secure = "grpcs" if address.scheme == "grpc" else "tcps"
             yield (
                 f"{address} takes calls from other hosts without TLS: anybody there may make them. "
-                f"Use {secure}://, bind 127.0.0.1, or set INSECURE_DOORS where the network keeps others out."
+                f"Use {address.scheme}s://, bind 127.0.0.1, or set INSECURE_DOORS where the network keeps others out."
             )
 
 
 def without_password(addresses: Iterable[Address]) -> Iterator[str]:
     """Tell of each broker elsewhere that asks for no password, and no certificate."""
     for address in addresses:
-        known = address.username or address.password or address.options.get("certfile")
-        if transports.SCHEMES[address.scheme].broker and not known:
-            if all(_is_loopback(host) for host, _ in address.hosts):
-                continue
+        if not _is_known(address) and not all(_is_loopback(host) for host, _ in address.hosts):
             yield (
                 f"{address} is used without a password: anybody who reaches it may forge messages. "
                 f"Give the URL a user and a password, or set INSECURE_BROKERS where the network keeps others out."
             )
+
+
+def _is_known(address: Address) -> bool:
+    if address.options.get("certfile"):
+        return True
+    if address.scheme == "nats" and address.username:
+        return True  # alone it is a token
+    return bool(address.password) and (address.username, address.password) not in _GUESTS
 
 
 def _is_loopback(host: str) -> bool:
@@ -53,6 +79,9 @@ def _is_loopback(host: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+# Peers
 
 
 class Rule:
@@ -68,7 +97,7 @@ class Rule:
         for each in told:
             if each == BROKER:
                 self._broker = True
-            elif each.startswith(CERTIFICATE):
+            elif each.startswith(CERTIFICATE) and each != CERTIFICATE:
                 self._names.add(each.removeprefix(CERTIFICATE))
             else:
                 try:
@@ -93,18 +122,42 @@ class Rule:
 class Allow:
     """A Middleware of a service: patterns that have a rule are for those alone whom it names; 403 for others.
 
-    `rules` are by the names of patterns.
+    `rules` are by the names of patterns. A rule goes for the other doors of its handler, too, unless they have
+    their own: else a gRPC method would lead around it. Raises ConfigurationError for a rule that nobody could have
+    meant.
     """
 
-    def __init__(self, service: str, rules: Mapping[str, Iterable[str]]) -> None:
+    def __init__(self, service: str, rules: Mapping[str, Sequence[str]], handlers: Iterable[Handler]) -> None:
+        for text in mistakes(rules, handlers):
+            raise ConfigurationError(f"{service}: {text}")
         self._service = service
-        self._rules = {name: Rule(told) for name, told in rules.items()}
-        self._found: dict[str, Rule | None] = {}
-        """Rules by route. Bounded: behind a wildcard a peer chooses the routes."""
+        self._rules = rules
+
+    def __call__(self, endpoint: Endpoint) -> Endpoint:
+        return endpoint
+
+    def at(self, handler: Handler, door: Door) -> Guard | None:
+        """Return what stands before a door; None where everybody may pass."""
+        own = self._rules.get(pattern_name(door.route))
+        if own is None:
+            others = [self._rules[name] for each in handler.doors if (name := pattern_name(each.route)) in self._rules]
+            if not others:
+                return None
+            own = [each for told in others for each in told]
+        return Guard(self._service, Rule(own))
+
+
+class Guard:
+    """A Middleware before one door: lets those in whom a rule admits."""
+
+    def __init__(self, service: str, rule: Rule) -> None:
+        self._service = service
+        self._admits = rule.admits
 
     def __call__(self, endpoint: Endpoint) -> Endpoint:
         async def allowed(data: Any, context: RpcContext) -> Any:
-            self._check(context)
+            if not self._admits(context):
+                self._refuse()
             return await endpoint(data, context)
 
         return allowed
@@ -113,26 +166,33 @@ class Allow:
         """Stand before inline handlers, too."""
 
         def allowed(data: Any, context: RpcContext) -> Any:
-            self._check(context)
+            if not self._admits(context):
+                self._refuse()
             return call(data, context)
 
         return allowed
 
-    def _check(self, context: RpcContext) -> None:
-        route = context.pattern
-        if route in self._found:
-            rule = self._found[route]
-        else:
-            rule = self._rules.get(pattern_name(route))
-            if len(self._found) < _MOST_ROUTES:
-                self._found[route] = rule
-        if rule is not None and not rule.admits(context):
-            dropped.add(self._service, "allow", "forbidden")
-            raise RpcException({"statusCode": 403, "code": "forbidden", "message": FORBIDDEN})
+    def _refuse(self) -> None:
+        dropped.add(self._service, "allow", "forbidden")
+        raise RpcException({"statusCode": 403, "code": "forbidden", "message": FORBIDDEN})
+
+
+def mistakes(rules: Mapping[str, Sequence[str]], handlers: Iterable[Handler]) -> Iterator[str]:
+    """Tell of each rule about no pattern of these handlers, and of each that cannot be read."""
+    known = {pattern_name(door.route) for handler in handlers for door in handler.doors}
+    for pattern, told in rules.items():
+        if pattern not in known:
+            near = difflib.get_close_matches(pattern, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known)) or 'none'}."
+            yield f"allow[{pattern!r}]: there is no such pattern; {hint}"
+        try:
+            Rule(told)
+        except ConfigurationError as error:
+            yield f"allow[{pattern!r}]: {error}"
 
 
 @lru_cache(1024)
-def _address(host: str) -> Any:
+def _address(host: str) -> IPv4Address | IPv6Address | None:
     try:
         address = ip_address(host)
     except ValueError:

@@ -15,11 +15,11 @@ from enum import StrEnum
 from types import FrameType
 from typing import Any
 
-from . import conf, doors, transports
+from . import conf, transports
 from .client import Client, clients
 from .conf import Settings, get_settings
 from .discovery.registry import Heartbeat, Report
-from .exceptions import ConfigurationError
+from .doors import refuse_insecure
 from .microservice import Microservice, get_executor, get_microservice, services_here
 from .reports import Reporter
 from .transports.base import Server
@@ -109,16 +109,15 @@ class Lifecycle:
         self._watching = asyncio.create_task(self.watchdog.watch(), context=Context(), name="watchdog")
         clients.settle(asyncio.get_running_loop())
         self.microservices = [get_microservice(name) for name in services_here()]
+        refuse_insecure(url for each in self.microservices for url in self._opened(each, urls))
         opened_doors: dict[str, Server] = {}
         open_urls: dict[str, Sequence[str]] = {}
         for microservice in self.microservices:
             for mailbox in microservice.mailboxes:
                 mailbox.application = self.application or mailbox.application
-            wanted = microservice.urls if urls is None else urls.get(microservice.name, ())
-            opened = wanted if settings.listen or urls is not None else ()
+            opened = self._opened(microservice, urls)
             if urls is None or microservice.name in urls:
                 open_urls[microservice.name] = opened
-            self._refuse_open_doors(microservice, opened)
             if microservice.limiter is not None:
                 self.watchdog.looks.append(microservice.limiter.look)
             await microservice.listen(opened, opened_doors)
@@ -135,16 +134,10 @@ class Lifecycle:
             self._begin_to_beat(settings, open_urls)
 
     @staticmethod
-    def _refuse_open_doors(microservice: Microservice, urls: Sequence[str]) -> None:
-        """Raise ConfigurationError for what the system checks E010 and E012 tell of, which can be skipped."""
-        settings = get_settings()
-        if conf.debug():
-            return
-        wrong = [] if settings.insecure_doors else list(doors.open_to_all(map(transports.parse, urls)))
-        if not settings.insecure_brokers:
-            wrong += doors.without_password(conf.brokers())
-        if wrong:
-            raise ConfigurationError(f"{microservice.name}: {wrong[0]}")
+    def _opened(microservice: Microservice, urls: Mapping[str, Sequence[str]] | None) -> Sequence[str]:
+        if urls is not None:
+            return urls.get(microservice.name, ())
+        return microservice.urls if get_settings().listen else ()
 
     async def drain(self) -> None:
         """Take no more messages and finish the running ones within DRAIN_TIMEOUT.

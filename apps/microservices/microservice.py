@@ -175,7 +175,7 @@ def get_microservice(name: str) -> Microservice:
     middlewares: list[Middleware] = [load(path) for path in settings.server_middleware]
     place = settings.servers.get(name)
     if place is not None and place.allow:
-        middlewares.append(Allow(name, place.allow))
+        middlewares.append(Allow(name, place.allow, registry.of(name)))
     limiter = None
     if settings.server_limit:
         # The innermost: what is refused is seen by the others, too.

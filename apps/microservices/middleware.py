@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 from .context import RpcContext
+from .handlers import Door, Handler
 
 Endpoint = Callable[[Any, RpcContext], Awaitable[Any]]
 """`await endpoint(data, context)` makes the call. A client's data is the object given to `send`;
@@ -16,10 +17,17 @@ Middleware = Callable[[Endpoint], Endpoint]
 """Takes the next endpoint, once, at start-up; returns the endpoint that stands before it.
 
 One that also has a method `in_place(call)`, which does the same with calls, leaves inline handlers where they
-run: on the event loop, without a task. Behind one that has none they run in a task, too."""
+run: on the event loop, without a task. Behind one that has none they run in a task, too. One with a method
+`at(handler, door)` is asked what stands before that door in its place: a Middleware, or None for nothing."""
 
 Call = Callable[[Any, RpcContext], Any]
 """What an endpoint is where nothing may wait: `call(data, context)` on the event loop."""
+
+
+def standing(middlewares: Iterable[Middleware], handler: Handler, door: Door) -> list[Middleware]:
+    """Return what stands before a door of a handler."""
+    asked = [each.at(handler, door) if hasattr(each, "at") else each for each in middlewares]
+    return [middleware for middleware in asked if middleware is not None]
 
 
 def chain(endpoint: Endpoint, middlewares: Iterable[Middleware]) -> Endpoint:

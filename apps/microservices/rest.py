@@ -8,6 +8,7 @@ from http import HTTPStatus
 from typing import Any, ClassVar
 from urllib.parse import urlencode
 
+from django.apps import apps
 from django.core.exceptions import PermissionDenied, RequestDataTooBig
 from django.http import Http404, HttpRequest, HttpResponse, JsonResponse
 from drf_spectacular.utils import extend_schema
@@ -17,7 +18,9 @@ from rest_framework.response import Response
 from rest_framework.views import APIView
 from rest_framework.views import exception_handler as drf_exception_handler
 
+from . import conf
 from .client import clients
+from .dependencies import require
 from .exceptions import INTERNAL, RpcException
 
 PROBLEM = "application/problem+json"
@@ -83,6 +86,15 @@ class RpcView(APIView):
         cls.calls = {method: call for method in _METHODS if isinstance(call := getattr(cls, method, None), Send)}
         for method, call in cls.calls.items():
             setattr(cls, method, _documented(call, _method(call), f"{cls.__name__}_{method}"))
+
+    @classmethod
+    def as_view(cls, **initkwargs: Any) -> Any:
+        """Return the view. With DEBUG: raises ConfigurationError where `calls` of its app lacks a service."""
+        app = apps.get_containing_app_config(cls.__module__)
+        if conf.debug() and app is not None:
+            for call in cls.calls.values():
+                require(app.label, [call.service, *(lookup.service for lookup in call.lookups.values())])
+        return super().as_view(**initkwargs)
 
     def answer(self, call: Send, request: Request, path: Mapping[str, Any]) -> Response:
         """Send what `call` declares and shape the reply."""

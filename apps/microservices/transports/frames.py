@@ -14,7 +14,7 @@ from ..packets import Event, Request, Response
 from .base import Encode
 from .flow import FlowProtocol
 
-FRAMES_PER_TURN = 256
+FRAMES_PER_TURN = 64
 
 MAX_HEADER = 10
 # What nearly all headers say: `int` takes twice as long as a look.

@@ -46,6 +46,8 @@ class Options(TlsOptions, frozen=True, kw_only=True):
     max_metadata_size: Count = 8192
     max_concurrent_streams: Count = 100
     max_in_flight: Count = 1000
+    max_connections: Count = 1024
+    handshake_timeout: Seconds = 10
     max_connection_age: Seconds = 1800
     max_connection_age_grace: Seconds = 30
     keepalive: Seconds | None = None
@@ -139,6 +141,8 @@ class GrpcServer(Server):
             # With it, a second server on the port shares it in silence: for workers alone.
             ("grpc.so_reuseport", int(self._held is not None)),
             ("grpc.max_concurrent_streams", options.max_concurrent_streams),
+            ("grpc.max_allowed_incoming_connections", options.max_connections),
+            ("grpc.server_handshake_timeout_ms", int(options.handshake_timeout * 1000)),
             # It counts streams that have ended a moment ago, and so refuses callers who keep to the limit.
             ("grpc.http.overload_protection", 0),
             ("grpc.max_connection_age_ms", int(options.max_connection_age * 1000)),

@@ -406,7 +406,9 @@ async def test_a_broker_that_would_tell_each_worker_is_refused(
         held()
 
 
-@pytest.mark.parametrize("url", ["nats://h:1", "mqtt://h:1?share=a", "kafka://h:1", "amqp://h:1"])
+@pytest.mark.parametrize(
+    "url", ["nats://127.0.0.1:1", "mqtt://127.0.0.1:1?share=a", "kafka://127.0.0.1:1", "amqp://127.0.0.1:1"]
+)
 async def test_a_broker_with_groups_needs_nothing_held(install: Install, held: Held, url: str) -> None:
     install(url, shop=[echo])
 
@@ -414,15 +416,15 @@ async def test_a_broker_with_groups_needs_nothing_held(install: Install, held: H
 
 
 @pytest.mark.parametrize(
-    ("bus", "shared"), [("redis://h:1", False), ("redis-streams://h:1", True), ("memory://", True)]
+    ("bus", "shared"), [("redis://127.0.0.1:1", False), ("redis-streams://127.0.0.1:1", True), ("memory://", True)]
 )
 async def test_a_bus_must_give_each_event_to_one_worker(install: Install, held: Held, bus: str, shared: bool) -> None:
-    install("kafka://h:1", events_url=bus, shop=[item_gone])
+    install("kafka://127.0.0.1:1", events_url=bus, shop=[item_gone])
 
     if shared:
         assert held() == {}
     else:
-        with pytest.raises(ConfigurationError, match="shop at redis://h:1 cannot have several workers"):
+        with pytest.raises(ConfigurationError, match=r"shop at redis://127\.0\.0\.1:1 cannot have several workers"):
             held()
 
 

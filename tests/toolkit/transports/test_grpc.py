@@ -616,6 +616,109 @@ async def test_calls_over_the_limit_are_refused_at_once(numbers_proto: Path) -> 
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
+# Peers that speak HTTP/2 and know no manners (RFC 9113)
+
+SETTINGS, PING, GOAWAY = 4, 6, 7
+MAX_CONCURRENT_STREAMS, MAX_HEADER_LIST_SIZE = 3, 6
+ENHANCE_YOUR_CALM = 11
+
+
+def http2(kind: int, body: bytes = b"") -> bytes:
+    """Return a frame for the connection itself."""
+    return len(body).to_bytes(3, "big") + bytes([kind, 0]) + (0).to_bytes(4, "big") + body
+
+
+HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + http2(SETTINGS)
+
+
+async def heard(reader: asyncio.StreamReader) -> AsyncIterator[tuple[int, bytes]]:
+    """Yield the kind and the body of each frame, until the connection ends."""
+    with suppress(asyncio.IncompleteReadError, ConnectionError):
+        while True:
+            head = await reader.readexactly(9)
+            yield head[3], await reader.readexactly(int.from_bytes(head[:3]))
+
+
+@asynccontextmanager
+async def raw(server: GrpcServer) -> AsyncIterator[tuple[AsyncIterator[tuple[int, bytes]], asyncio.StreamWriter]]:
+    """Connect without grpc; gives the frames that come, and what writes."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    try:
+        yield heard(reader), writer
+    finally:
+        writer.transport.abort()
+
+
+@pytest.mark.asyncio
+async def test_a_peer_is_told_how_many_calls_and_how_much_metadata_there_may_be(numbers_proto: Path) -> None:
+    async with serving(numbers_proto, square) as server, raw(server) as (frames, writer):
+        writer.write(HELLO)
+        kind, body = await anext(frames)
+
+    settings = {
+        int.from_bytes(body[at : at + 2]): int.from_bytes(body[at + 2 : at + 6]) for at in range(0, len(body), 6)
+    }
+    assert kind == SETTINGS
+    assert (settings[MAX_CONCURRENT_STREAMS], settings[MAX_HEADER_LIST_SIZE]) == (100, 8192)
+
+
+@pytest.mark.asyncio
+async def test_a_peer_that_pings_without_end_is_sent_away(numbers_proto: Path) -> None:
+    async with serving(numbers_proto, square) as server, raw(server) as (frames, writer):
+        writer.write(HELLO + http2(PING, b"are you?") * 8)
+        farewells = [body async for kind, body in frames if kind == GOAWAY]
+
+    assert [int.from_bytes(body[4:8]) for body in farewells] == [ENHANCE_YOUR_CALM]
+
+
+@pytest.mark.asyncio
+async def test_a_connection_is_ended_when_it_is_old(numbers_proto: Path) -> None:
+    ages = {"max_connection_age": 0.1, "max_connection_age_grace": 0.1}
+    async with serving(numbers_proto, square, **ages) as server, raw(server) as (frames, writer):
+        writer.write(HELLO)
+        farewells = [body async for kind, body in frames if kind == GOAWAY]
+
+    assert b"max_age" in farewells[0]
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("first", [b"", HELLO[:8], HELLO[:24]], ids=["nothing", "half a preface", "no settings"])
+async def test_a_peer_that_never_says_what_it_wants_is_sent_away(numbers_proto: Path, first: bytes) -> None:
+    async with serving(numbers_proto, square, handshake_timeout=0.1) as server, raw(server) as (frames, writer):
+        writer.write(first)
+        kinds = [kind async for kind, _ in frames]
+
+    assert kinds[-1:] in ([], [GOAWAY])  # it has ended
+
+
+@pytest.mark.asyncio
+async def test_connections_over_the_limit_are_hung_up_until_there_is_room(numbers_proto: Path) -> None:
+    async with serving(numbers_proto, square, max_connections=1) as server:
+        async with raw(server) as (frames, writer), raw(server) as (others, other):
+            writer.write(HELLO)
+            assert (await anext(frames))[0] == SETTINGS
+            other.write(HELLO)
+            assert [kind async for kind, _ in others] == []
+
+        async with calling(
+            lambda: GrpcClient(address(server.port, numbers_proto), "numbers"), numbers_proto
+        ) as numbers:
+            assert await numbers.Square({"value": 3}) == {"value": 9}
+
+
+@pytest.mark.asyncio
+async def test_nobody_is_told_of_the_services_unless_asked_for(numbers_proto: Path) -> None:
+    async with (
+        serving(numbers_proto, square) as server,
+        grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel,
+    ):
+        await server.announce(True)
+        for name in ("grpc.reflection.v1alpha.ServerReflection", "grpc.channelz.v1.Channelz"):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await channel.unary_unary(f"/{name}/ServerReflectionInfo")(b"")
+            assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
 @pytest.mark.asyncio
 @pytest.mark.parametrize("message", ["\ud83d cut", "漢" * 1000, "😀" * 1000, "é" * 5000])
 async def test_an_error_in_any_script_is_answered_with_its_code(numbers_proto: Path, message: str) -> None:

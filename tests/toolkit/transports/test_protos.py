@@ -1,5 +1,6 @@
 """Messages as plain objects: every kind of field, and what is told of files and values that are wrong."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,52 @@ def test_what_the_wire_allows_and_json_does_not_is_refused(echo: Method, field: 
 
     with pytest.raises(InvalidPayload, match=r"no kinds\.All"):
         echo.request.decode(tag + bytes([len(body)]) + body)
+
+
+DEEP = """
+syntax = "proto3";
+package deep;
+import "google/protobuf/any.proto";
+import "google/protobuf/struct.proto";
+service Deep { rpc Echo (Tree) returns (Tree) {} }
+message Tree { Tree tree = 1; google.protobuf.Any any = 2; google.protobuf.Value value = 3; }
+"""
+
+
+def part(number: int, body: bytes) -> bytes:
+    """Return a field that holds a message."""
+    size, length = len(body), b""
+    while size > 127:
+        length, size = length + bytes([size & 127 | 128]), size >> 7
+    return bytes([number << 3 | 2]) + length + bytes([size]) + body
+
+
+WRAPPERS: dict[str, tuple[Callable[[bytes], bytes], Callable[[bytes], bytes]]] = {
+    "a message in itself": (lambda inner: part(1, inner), lambda whole: whole),
+    "an Any in an Any": (
+        lambda inner: part(1, b"x/google.protobuf.Any") + part(2, inner),
+        lambda whole: part(2, whole),
+    ),
+    "a list in a list": (lambda inner: part(6, part(1, inner)), lambda whole: part(3, whole)),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_messages_nested_without_end_are_refused(tmp_path: Path, wrapper: str) -> None:
+    (tmp_path / "deep.proto").write_text(DEEP, encoding="utf-8")
+    method = protos.load((str(tmp_path),)).method("Deep/Echo")
+    wrap, whole = WRAPPERS[wrapper]
+
+    def nested(depth: int) -> bytes:
+        body = b""
+        for _ in range(depth):
+            body = wrap(body)
+        return whole(body)
+
+    assert method.request.decode(nested(20))
+    for depth in (500, 3000):
+        with pytest.raises(InvalidPayload, match=r"no deep\.Tree"):
+            method.request.decode(nested(depth))
 
 
 def test_an_any_may_hold_a_type_of_these_files(echo: Method) -> None:

@@ -228,6 +228,110 @@ async def test_a_connection_too_many_is_refused_until_there_is_room(losses: Call
 
 
 @pytest.mark.asyncio
+async def test_one_address_leaves_room_for_others(losses: Callable[[str, str], int]) -> None:
+    async with serving(echo, max_connections=3, max_connections_per_peer=2) as server:
+        async with connection(server.port) as first, connection(server.port) as second:
+            assert await answered(first)
+            assert await answered(second)
+            async with connection(server.port) as third:
+                assert await third.hear() is None
+            async with connection(server.port, source="127.0.0.2") as other:
+                assert await answered(other)
+                async with connection(server.port, source="127.0.0.3") as beyond_all:
+                    assert await beyond_all.hear() is None
+        await until(lambda: not connections(server))
+
+        assert await answered_elsewhere(server)
+        assert not server._by_host or set(server._by_host) == {"127.0.0.1"}
+        assert losses("tcp", "too-many-connections") == 2
+
+
+@pytest.mark.asyncio
+async def test_a_peer_that_sends_much_at_once_leaves_turns_to_others() -> None:
+    loop = asyncio.get_running_loop()
+    taken, most = 0, 0
+
+    @message_pattern("take", inline=True)
+    def take() -> None:
+        nonlocal taken
+        taken += 1
+
+    def turn() -> None:
+        nonlocal taken, most, turning
+        most, taken = max(most, taken), 0
+        turning = loop.call_soon(turn)
+
+    turning = loop.call_soon(turn)
+    try:
+        async with serving(take) as server, connection(server.port) as peer:
+            await peer.say(b"".join(asked("take", id=str(number)) for number in range(1000)))
+            answers = await peer.hear_all(1000)
+    finally:
+        turning.cancel()
+
+    assert [answer["id"] for answer in answers] == [str(number) for number in range(1000)]
+    assert 1 < most <= 64
+
+
+# Hostile JSON: what the standard library, or another parser, would take
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "[1,NaN]", "0x10", "01", "1.", "+1", "1_000"])
+async def test_numbers_that_are_none_in_json_end_the_connection(number: str) -> None:
+    async with serving(echo) as server, connection(server.port) as peer, connection(server.port) as other:
+        await peer.say(framed(f'{{"pattern":"echo","data":{number},"id":"1"}}'))
+        end = await peer.hear()
+
+        assert end is None
+        assert await answered(other)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    "number", ["1e400", "-1e99999", "1" * 5000, "[" * 65 + "]" * 65, '{"a":' * 65 + "1" + "}" * 65]
+)
+async def test_data_beyond_what_it_may_be_is_refused_alone(number: str) -> None:
+    async with serving(echo) as server, connection(server.port) as peer:
+        await peer.say(framed(f'{{"pattern":"echo","data":{number},"id":"1"}}'))
+        answer = await peer.hear()
+
+        assert answer["err"]["statusCode"] == 400
+        assert await answered(peer)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ('{"a":1,"a":2}', {"a": 2}),  # as JavaScript reads it
+        ("[" * 64 + "]" * 64, None),
+        ("9007199254740993", 9007199254740993),  # JavaScript would round it
+        ('"\\ud83d"', "\ufffd"),
+        ("1e308", 1e308),
+    ],
+)
+async def test_odd_data_that_is_json_is_taken(text: str, value: Any) -> None:
+    async with serving(echo) as server, connection(server.port) as peer:
+        await peer.say(framed(f'{{"pattern":"echo","data":{text},"id":"1"}}'))
+        answer = await peer.hear()
+
+    assert "err" not in answer
+    assert value is None or answer["response"] == value
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("pattern", ["__class__", "echo.__globals__", "_dispatch", {"cmd": "__init__"}, "os.system"])
+async def test_a_pattern_reaches_handlers_alone(pattern: Any) -> None:
+    async with serving(echo) as server, connection(server.port) as peer:
+        await peer.say(asked(pattern))
+        answer = await peer.hear()
+
+        assert answer["err"] == "There is no matching message handler defined in the remote service."
+        assert await answered(peer)
+
+
+@pytest.mark.asyncio
 async def test_requests_beyond_max_in_flight_wait_unread_and_none_is_lost() -> None:
     running, most, started = 0, 0, 0
     go_on = asyncio.Event()

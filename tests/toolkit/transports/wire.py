@@ -73,9 +73,9 @@ class Wire:
 
 
 @asynccontextmanager
-async def connection(port: int) -> AsyncIterator[Wire]:
-    """Connect to a server on loopback."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+async def connection(port: int, source: str = "127.0.0.1") -> AsyncIterator[Wire]:
+    """Connect to a server on loopback, from an address of it."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, local_addr=(source, 0))
     try:
         yield Wire(reader, writer)
     finally:
