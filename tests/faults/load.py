@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 
@@ -41,10 +41,16 @@ class Done(NamedTuple):
 
 
 class Results(list[Done]):
-    """Calls that have ended."""
+    """Calls that have ended.
 
-    lag = 0.0
-    """How many seconds the callers' own loop was late at most: a busy machine must not pass for a slow service."""
+    How long they took is told less what their callers' own loop was late: a busy machine must not pass for a slow
+    service.
+    """
+
+    def __init__(self, done: Iterable[Done] = (), lag: float = 0.0) -> None:
+        super().__init__(done)
+        self.lag = lag
+        """How many seconds the callers' own loop was late at most."""
 
     @property
     def failures(self) -> Counter[str]:
@@ -53,25 +59,23 @@ class Results(list[Done]):
 
     @property
     def succeeded(self) -> Results:
-        return Results(done for done in self if done.ok)
+        return Results((done for done in self if done.ok), self.lag)
 
     def ended_by(self, time: float) -> Results:
         """Return those that ended by then, on the loop's clock."""
-        return Results(done for done in self if done.began + done.seconds <= time)
+        return Results((done for done in self if done.began + done.seconds <= time), self.lag)
 
     @property
     def slowest(self) -> float:
-        return max((done.seconds for done in self), default=0.0)
-
-    @property
-    def latest(self) -> float:
-        """How long the slowest took, less what its caller's own loop was late."""
-        return max(0.0, self.slowest - self.lag)
+        """How many seconds the slowest took."""
+        return self.percentile(100)
 
     def percentile(self, percent: float) -> float:
         """Return within how many seconds so many of a hundred ended; 0 where there are none."""
+        if not self:
+            return 0.0
         ordered = sorted(done.seconds for done in self)
-        return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))] if ordered else 0.0
+        return max(0.0, ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))] - self.lag)
 
 
 async def steadily(call: Call, rate: float, seconds: float) -> Results:

@@ -49,7 +49,7 @@ async def test_a_service_that_stands_still_costs_a_deadline_and_soon_not_even_th
         after = await ask(1)
 
     print(stopped.failures)
-    figures.at_most(STOPPED, "slowest call, of 0.5 s", stopped.latest, DEADLINE + LATE, "s")
+    figures.at_most(STOPPED, "slowest call, of 0.5 s", stopped.slowest, DEADLINE + LATE, "s")
     figures.at_least(STOPPED, "calls refused at once, the breaker open", stopped.failures["circuit-open"], 100)
     figures.at_most(STOPPED, "until the breaker closes after SIGCONT", closed_after, 36, "s")
     failed = (before.failures + after.failures).total()
