@@ -20,7 +20,7 @@ from .client import Client, clients
 from .conf import Settings, get_settings
 from .discovery.registry import Heartbeat, Report
 from .doors import refuse_insecure
-from .microservice import Microservice, get_executor, get_microservice, services_here
+from .microservice import Microservice, get_executor, opened
 from .reports import Reporter
 from .transports.base import Server
 from .watchdog import Watchdog
@@ -108,19 +108,16 @@ class Lifecycle:
         self.watchdog = Watchdog(settings.name, settings.watchdog)
         self._watching = asyncio.create_task(self.watchdog.watch(), context=Context(), name="watchdog")
         clients.settle(asyncio.get_running_loop())
-        self.microservices = [get_microservice(name) for name in services_here()]
-        refuse_insecure(url for each in self.microservices for url in self._opened(each, urls))
-        opened_doors: dict[str, Server] = {}
-        open_urls: dict[str, Sequence[str]] = {}
-        for microservice in self.microservices:
+        here = list(opened(urls))
+        self.microservices = [microservice for microservice, _ in here]
+        refuse_insecure(url for _, doors in here for url in doors)
+        servers: dict[str, Server] = {}
+        for microservice, doors in here:
             for mailbox in microservice.mailboxes:
                 mailbox.application = self.application or mailbox.application
-            opened = self._opened(microservice, urls)
-            if urls is None or microservice.name in urls:
-                open_urls[microservice.name] = opened
             if microservice.limiter is not None:
                 self.watchdog.looks.append(microservice.limiter.look)
-            await microservice.listen(opened, opened_doors)
+            await microservice.listen(doors, servers)
             logger.info(
                 "%s lives here%s",
                 microservice.name,
@@ -131,13 +128,8 @@ class Lifecycle:
         await self._announce(True)
         self._tasks = [asyncio.create_task(self._keep(work), context=Context()) for work in self.background]
         if settings.heartbeat:
-            self._begin_to_beat(settings, open_urls)
-
-    @staticmethod
-    def _opened(microservice: Microservice, urls: Mapping[str, Sequence[str]] | None) -> Sequence[str]:
-        if urls is not None:
-            return urls.get(microservice.name, ())
-        return microservice.urls if get_settings().listen else ()
+            told = {each.name: doors for each, doors in here if urls is None or each.name in urls}
+            self._begin_to_beat(settings, told)
 
     async def drain(self) -> None:
         """Take no more messages and finish the running ones within DRAIN_TIMEOUT.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -189,6 +189,17 @@ def get_microservice(name: str) -> Microservice:
     events = conf.events_address()
     bus = None if events.scheme == "memory" else events
     return Microservice(dispatcher, list(_doors(name, dispatcher)), bus, address, limiter)
+
+
+def opened(urls: Mapping[str, Sequence[str]] | None) -> Iterator[tuple[Microservice, Sequence[str]]]:
+    """Yield each service that lives here, and the doors that it opens.
+
+    These are what `urls` says of it; for None those of the map, if LISTEN says so.
+    """
+    listen = get_settings().listen
+    for microservice in map(get_microservice, services_here()):
+        own = microservice.urls if listen else ()
+        yield microservice, own if urls is None else urls.get(microservice.name, ())
 
 
 def _doors(name: str, dispatcher: Dispatcher) -> Iterator[str]:

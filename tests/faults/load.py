@@ -43,14 +43,14 @@ class Done(NamedTuple):
 class Results(list[Done]):
     """Calls that have ended.
 
-    How long they took is told less what their callers' own loop was late: a busy machine must not pass for a slow
-    service.
+    How long they took is told less the time in which their callers' own loop stood still: a busy machine must not
+    pass for a slow service.
     """
 
-    def __init__(self, done: Iterable[Done] = (), lag: float = 0.0) -> None:
+    def __init__(self, done: Iterable[Done] = (), still: list[tuple[float, float]] | None = None) -> None:
         super().__init__(done)
-        self.lag = lag
-        """How many seconds the callers' own loop was late at most."""
+        self.still = [] if still is None else still
+        """From when to when the callers' own loop stood still, on its clock."""
 
     @property
     def failures(self) -> Counter[str]:
@@ -59,11 +59,11 @@ class Results(list[Done]):
 
     @property
     def succeeded(self) -> Results:
-        return Results((done for done in self if done.ok), self.lag)
+        return Results((done for done in self if done.ok), self.still)
 
     def ended_by(self, time: float) -> Results:
         """Return those that ended by then, on the loop's clock."""
-        return Results((done for done in self if done.began + done.seconds <= time), self.lag)
+        return Results((done for done in self if done.began + done.seconds <= time), self.still)
 
     @property
     def slowest(self) -> float:
@@ -74,8 +74,15 @@ class Results(list[Done]):
         """Return within how many seconds so many of a hundred ended; 0 where there are none."""
         if not self:
             return 0.0
-        ordered = sorted(done.seconds for done in self)
-        return max(0.0, ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))] - self.lag)
+        ordered = sorted(map(self._took, self))
+        return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))]
+
+    def _took(self, done: Done) -> float:
+        began, ended = done.began, done.began + done.seconds
+        still = sum(
+            min(ended, until) - max(began, since) for since, until in self.still if since < ended and until > began
+        )
+        return done.seconds - still
 
 
 async def steadily(call: Call, rate: float, seconds: float) -> Results:
@@ -117,7 +124,8 @@ async def _watched(results: Results) -> AsyncIterator[None]:
         while True:
             due = loop.time() + _TICK
             await asyncio.sleep(_TICK)
-            results.lag = max(results.lag, loop.time() - due)
+            if (now := loop.time()) > due + _TICK:
+                results.still.append((due, now))
 
     watching = asyncio.create_task(watch())
     try:

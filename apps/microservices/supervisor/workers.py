@@ -13,7 +13,7 @@ from .. import transports
 from ..conf import get_settings
 from ..doors import refuse_insecure
 from ..exceptions import ConfigurationError
-from ..microservice import Microservice, get_microservice, services_here
+from ..microservice import opened
 from ..serving import BACKLOG, bind
 from ..transports import Address, Role
 from ..transports.base import Server
@@ -81,7 +81,7 @@ def run(count: int, host: str, port: int | None, urls: Mapping[str, Sequence[str
 def hold(host: str, port: int | None, urls: Mapping[str, Sequence[str]] | None) -> dict[str, socket.socket]:
     """Bind what the workers will listen on, by the name under which they ask for it. Raises ConfigurationError."""
     held: dict[str, socket.socket] = {}
-    refuse_insecure(url for _, opened in _opened(urls) for url in opened)
+    refuse_insecure(url for _, doors in opened(urls) for url in doors)
     try:
         if port is not None:
             held[HTTP] = bind(host, port)
@@ -108,21 +108,13 @@ def hold(host: str, port: int | None, urls: Mapping[str, Sequence[str]] | None) 
 def _doors(urls: Mapping[str, Sequence[str]] | None) -> Iterator[tuple[str, Address, Role]]:
     # As Lifecycle.start opens them: the door that several services share belongs to the first.
     shared: set[str] = set()
-    for microservice, opened in _opened(urls):
-        for address, role in microservice.addresses(opened):
+    for microservice, doors in opened(urls):
+        for address, role in microservice.addresses(doors):
             if role == "server" and str(address) in shared:
                 continue
             if role == "server" and transports.load(address, role).shared:
                 shared.add(str(address))
             yield microservice.name, address, role
-
-
-def _opened(urls: Mapping[str, Sequence[str]] | None) -> Iterator[tuple[Microservice, Sequence[str]]]:
-    for microservice in map(get_microservice, services_here()):
-        if urls is not None:
-            yield microservice, urls.get(microservice.name, ())
-        else:
-            yield microservice, microservice.urls if get_settings().listen else ()
 
 
 def _not_shared(address: Address, options: object) -> str:
