@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .consumers import EventConsumer, EventRouter
     from .context import RpcContext
     from .discovery.balancer import Balancer
+    from .discovery.instances import Location
     from .exceptions import (
         ConfigurationError,
         ConnectionLost,
@@ -37,6 +38,7 @@ _HOMES = {
     "EventRouter": "consumers",
     "HybridApplication": "hybrid",
     "InvalidPayload": "exceptions",
+    "Location": "discovery.instances",
     "Middleware": "middleware",
     "MicroserviceError": "exceptions",
     "NoHandler": "exceptions",
@@ -60,6 +62,7 @@ __all__ = [
     "EventRouter",
     "HybridApplication",
     "InvalidPayload",
+    "Location",
     "MicroserviceError",
     "Middleware",
     "NoHandler",

@@ -12,7 +12,7 @@ from . import transports
 from .conf import get_settings
 from .context import RpcContext
 from .discovery.balancer import Balancer
-from .discovery.instances import Instance
+from .discovery.instances import Instance, Location
 from .exceptions import NoHandler, RpcException, Unavailable
 from .instruments import Bound
 from .resilience.breaker import REFUSALS
@@ -34,8 +34,10 @@ def connect(service: str, addresses: Sequence[Address]) -> Caller:
     if len(addresses) == 1:
         return proxy(addresses[0])
     known = {str(address): address for address in addresses}
+    locations = [Location(url, address.weight, address.zone) for url, address in known.items()]
     settings = get_settings()
-    balancer = Balancer(service, known, chooser=settings.clients[service].balance, source=settings.name)
+    chooser = settings.clients[service].balance
+    balancer = Balancer(service, locations, chooser=chooser, zone=settings.zone, source=settings.name)
     return Balanced(balancer, lambda url: proxy(known[url]))
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from ..exceptions import ConfigurationError
 from ..instruments import Counter
 from . import choosers
-from .instances import Instance
+from .instances import WEIGHTS, Instance, Location
 
 logger = logging.getLogger("microservices.balancer")
 
@@ -37,15 +37,18 @@ class Balancer:
     Five failures in a row, or more than half of ten or more calls in ten seconds, put an instance out for a
     second, then for two, four, up to thirty; after that one call tries it. At most half of all are out: beyond
     that it is not they who are ill, and all are used. `chooser` is a name of `choosers.CHOOSERS`, `source` what
-    this process calls itself.
+    this process calls itself. `instances` are URLs, or Locations where they differ in weight or zone; those of the
+    caller's own `zone` get its calls, or as many of them as they have capacity for. Raises ConfigurationError
+    where there is none, and for a weight that is none.
     """
 
     def __init__(
         self,
         target: str,
-        urls: Iterable[str],
+        instances: Iterable[str | Location],
         *,
         chooser: str = "two-choices",
+        zone: str = "",
         source: str = "",
         clock: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
@@ -53,29 +56,41 @@ class Balancer:
         self.target = target
         self.clock = clock
         self._source = source
+        self._zone = zone
         rng = rng or random.Random()  # noqa: S311 - spreads calls
         self._chance = rng.random
         self._choose = choosers.find(chooser)(rng)
-        self.instances: dict[str, Instance] = {url: Instance(url, clock()) for url in urls}
-        self._usable: Sequence[Instance] = list(self.instances.values())
-        self._review_at = float("inf")
-        self._panic = False
-        if not self._usable:
+        now = clock()
+        self.instances = {url: Instance(location, now) for url, location in _located(instances).items()}
+        if not self.instances:
             raise ConfigurationError(f"{target} has no address.")
+        self._panic = False
+        self._usable: Sequence[Instance]
+        """Those that get calls, as often as their weights say; of the own zone alone, where calls stay in it."""
+        self._everywhere: Sequence[Instance]
+        self._beyond: Sequence[Instance] = ()
+        """Those of other zones, to which calls go that do not stay, which is `_staying` of them."""
+        self._staying: float
+        self._review(now)
 
     # The instances
 
-    def update(self, urls: Iterable[str]) -> list[Instance]:
+    def update(self, instances: Iterable[str | Location]) -> list[Instance]:
         """Take these instances for all there are, and return those that have gone; none at all is no news.
 
         One that is new gets its share within ten seconds, so that it is not flooded while it is cold.
+        Raises ConfigurationError for a weight that is none.
         """
         known, now = self.instances, self.clock()
-        wanted = dict.fromkeys(urls)
+        wanted = _located(instances)
         if not wanted:
             return []
         latency = sum(each.latency(now) for each in known.values()) / len(known)
-        self.instances = {url: known.get(url) or Instance(url, now, latency, fresh=True) for url in wanted}
+        self.instances = {}
+        for url, location in wanted.items():
+            instance = known.get(url) or Instance(location, now, latency, fresh=True)
+            instance.weight, instance.zone = location.weight, location.zone
+            self.instances[url] = instance
         self._review(now)
         return [instance for url, instance in known.items() if url not in wanted]
 
@@ -100,16 +115,20 @@ class Balancer:
             if trial is not None and trial.url not in tried:
                 return self._try(trial, now, timed)
         if tried:
+            everywhere = self._everywhere
             usable = (
                 [each for each in usable if each.url not in tried]
-                or [each for each in usable if each.url != tried[-1]]
+                or [each for each in everywhere if each.url not in tried]
+                or [each for each in everywhere if each.url != tried[-1]]
                 or usable
             )
+        elif self._staying < 1 and self._chance() >= self._staying:
+            usable = self._beyond
         instance = usable[0]
         if len(usable) > 1:
             instance = self._choose(usable, now)
             if instance.warm_at > now and self._chance() > instance.share(now):
-                others = [each for each in usable if each is not instance]
+                others = [each for each in usable if each is not instance] or [instance]
                 instance = self._choose(others, now) if len(others) > 1 else others[0]
         if timed:
             instance.begin(now)
@@ -189,11 +208,33 @@ class Balancer:
         if panic and not self._panic:
             logger.warning("%s: more than half of its instances fail; all are used", self.target)
         self._panic = panic
-        self._usable = everyone if panic or not well else well
+        usable = everyone if panic or not well else well
+        self._everywhere = self._usable = choosers.lots(usable)
+        self._staying = 1.0
+        if self._zone and not panic:
+            self._stay(usable)
         ends = [each.out_until for each in everyone if each.out]
         due = [each for each in everyone if each.out and each.out_until <= now]
         self._review_at = now if due else min(ends, default=float("inf"))
         return due[0] if due else None
+
+    def _stay(self, usable: list[Instance]) -> None:
+        # Callers are taken to be spread evenly over the zones. Where the own one has less capacity than that, a part
+        # of its calls goes elsewhere, so that its instances have no more to do than others.
+        own = [each for each in usable if each.zone == self._zone]
+        if not own:
+            return
+        zones = len({each.zone for each in self.instances.values()})
+        self._usable = choosers.lots(own)
+        self._beyond = choosers.lots([each for each in usable if each.zone != self._zone])
+        self._staying = zones * sum(each.weight for each in own) / sum(each.weight for each in usable)
+
+
+def _located(instances: Iterable[str | Location]) -> dict[str, Location]:
+    locations = [Location(each) if isinstance(each, str) else each for each in instances]
+    if wrong := [each for each in locations if each.weight not in WEIGHTS]:
+        raise ConfigurationError(f"{wrong[0].url}: weight is a whole number from 1 to 100.")
+    return {each.url: each for each in locations}
 
 
 class Pick:

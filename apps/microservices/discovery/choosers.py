@@ -5,12 +5,23 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from itertools import count
+from math import gcd
+from operator import itemgetter
 
 from ..exceptions import ConfigurationError
 from .instances import Instance
 
 Chooser = Callable[[Sequence[Instance], float], Instance]
-"""Given two or more instances and the time, returns one of them."""
+"""Given two or more `lots` and the time, returns the instance of one of them."""
+
+
+def lots(instances: Sequence[Instance]) -> Sequence[Instance]:
+    """Return each instance as often as its weight says, well mixed: whoever draws from them draws by weight."""
+    unit = gcd(*(each.weight for each in instances))
+    if all(each.weight == unit for each in instances):
+        return instances
+    dealt = ((turn * unit / each.weight, each) for each in instances for turn in range(each.weight // unit))
+    return [each for _, each in sorted(dealt, key=itemgetter(0))]
 
 
 def two_choices(rng: random.Random) -> Chooser:
@@ -28,11 +39,11 @@ def two_choices(rng: random.Random) -> Chooser:
 
 
 def pending(rng: random.Random) -> Chooser:
-    """Return a chooser of the one with fewer calls under way, of any two."""
+    """Return a chooser of the one with fewer calls under way for its weight, of any two."""
 
     def choose(instances: Sequence[Instance], now: float) -> Instance:
         one, other = rng.sample(instances, 2)
-        return one if one.pending <= other.pending else other
+        return one if one.pending * other.weight <= other.pending * one.weight else other
 
     return choose
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import exp
+from typing import NamedTuple
 
 DECAY = 10.0
 """Seconds after which what was seen of an instance counts for a third."""
@@ -12,7 +13,17 @@ WINDOW = 10
 """Seconds of which calls are counted."""
 SLOW_START = 10.0
 """Seconds in which a new instance comes to its share."""
+WEIGHTS = range(1, 101)
 _LEAST_SHARE = 0.1
+
+
+class Location(NamedTuple):
+    """Where an instance is, and what it is meant for."""
+
+    url: str
+    weight: int = 1
+    """How many calls it gets for one that an instance of weight 1 gets; 1 to 100."""
+    zone: str = ""
 
 
 class Instance:
@@ -34,10 +45,12 @@ class Instance:
         "trying",
         "url",
         "warm_at",
+        "weight",
+        "zone",
     )
 
-    def __init__(self, url: str, now: float, latency: float = 0.0, *, fresh: bool = False) -> None:
-        self.url = url
+    def __init__(self, location: Location, now: float, latency: float = 0.0, *, fresh: bool = False) -> None:
+        self.url, self.weight, self.zone = location
         self.pending = 0
         """Calls that are under way."""
         self.failures_in_a_row = 0
@@ -65,7 +78,7 @@ class Instance:
         return self._latency * exp(-idle / DECAY) if idle > 1 and not self.pending else self._latency
 
     def load(self, now: float) -> float:
-        """Return what one more call would cost: its latency, times the calls that are there."""
+        """Return what one more call would cost: its latency, times the calls that are there for its weight."""
         pending = self.pending
         if not pending:
             return self._latency if now - self._seen <= 1 else self.latency(now)
@@ -73,7 +86,7 @@ class Instance:
         # been heard yet, he who keeps a first call waiting is not the quickest.
         silent = now - self._heard
         latency = self._latency or FAILED
-        return (silent if silent > latency else latency) * (pending + 1)
+        return (silent if silent > latency else latency) * (pending / self.weight + 1)
 
     def share(self, now: float) -> float:
         """Return the part of the calls meant for it that it gets, from 0 to 1: few at first."""

@@ -100,6 +100,7 @@ SCHEMES = {
 
 _declared: set[str] = set()
 
+_WEIGHT = re.compile("[1-9][0-9]?|100")
 _NEXT_URL = re.compile(r",\s*(?=[a-z][a-z0-9+.-]*://)")
 
 
@@ -135,6 +136,10 @@ class Address(NamedTuple):
     path: str = ""
     others: tuple[tuple[str, int], ...] = ()
     """Further hosts and ports of the same broker."""
+    weight: int = 1
+    """How many calls it gets beside other instances of its service: `?weight=3`."""
+    zone: str = ""
+    """Where the instance stands: `?zone=west`."""
 
     @property
     def hosts(self) -> tuple[tuple[str, int], ...]:
@@ -187,7 +192,10 @@ def parse(url: str) -> Address:
     user, _, password = (unquote(part) for part in credentials.partition(":"))
     (host, port), *others = ((host or ("localhost" if transport.broker else ""), port) for host, port in places)
     options = dict(parse_qsl(parts.query, keep_blank_values=True))
-    return Address(parts.scheme, host, port, options, user, password, parts.path, tuple(others))
+    weight, zone = ("1", "") if transport.broker else (options.pop("weight", "1"), options.pop("zone", ""))
+    if not _WEIGHT.fullmatch(weight):
+        raise ConfigurationError(f"{url!r}: weight is a whole number from 1 to 100.")
+    return Address(parts.scheme, host, port, options, user, password, parts.path, tuple(others), int(weight), zone)
 
 
 def split(url: str) -> list[str]:

@@ -7,13 +7,14 @@ import heapq
 import random
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import httpx
 import pytest
 
 from microservices.discovery.balancer import Balancer, ejections
 from microservices.discovery.choosers import CHOOSERS
-from microservices.discovery.instances import Instance
+from microservices.discovery.instances import Instance, Location
 from microservices.exceptions import ConfigurationError
 
 SEED = 20_26
@@ -34,9 +35,11 @@ def clock() -> Clock:
     return Clock()
 
 
-def over(clock: Clock, *urls: str, chooser: str = "two-choices") -> Balancer:
+def over(clock: Clock, *instances: str | Location, chooser: str = "two-choices", zone: str = "") -> Balancer:
     """Return a balancer over these instances."""
-    return Balancer("users", urls, chooser=chooser, source="tests", clock=clock, rng=random.Random(SEED))
+    return Balancer(
+        "users", instances, chooser=chooser, zone=zone, source="tests", clock=clock, rng=random.Random(SEED)
+    )
 
 
 def call(
@@ -308,6 +311,123 @@ def test_a_new_instance_comes_to_its_share_in_ten_seconds(clock: Clock, chooser:
     assert later["new"] > 0.2 * 2000
 
 
+@pytest.mark.parametrize("chooser", CHOOSERS)
+@pytest.mark.parametrize("rate", [5, 400])
+def test_calls_are_dealt_by_weight_in_quiet_and_in_a_crowd(clock: Clock, chooser: str, rate: float) -> None:
+    balancer = over(clock, Location("small", 2), Location("large", 6), Location("middle", 4), chooser=chooser)
+
+    got, _ = simulate(balancer, clock, lambda url: 0.05, lambda url: False, rate, count=6000)
+
+    assert got["small"] == pytest.approx(1000, rel=0.25)
+    assert got["middle"] == pytest.approx(2000, rel=0.25)
+    assert got["large"] == pytest.approx(3000, rel=0.25)
+
+
+def test_weights_are_well_mixed_where_calls_go_in_turn(clock: Clock) -> None:
+    balancer = over(clock, Location("small", 10), Location("large", 30), chooser="round-robin")
+
+    got = [call(balancer, clock) for _ in range(12)]
+
+    assert got.count("small") == 3
+    assert ["large"] * 4 not in [got[at : at + 4] for at in range(9)]
+
+
+@pytest.mark.parametrize("weight", [0, -1, 101, 1.5])
+def test_a_weight_that_is_none_is_told_of(clock: Clock, weight: Any) -> None:
+    balancer = over(clock, "a")
+
+    with pytest.raises(ConfigurationError, match="a: weight is a whole number from 1 to 100"):
+        over(clock, Location("a", weight))
+    with pytest.raises(ConfigurationError, match="b: weight"):
+        balancer.update(["a", Location("b", weight)])
+    assert list(balancer.instances) == ["a"]
+
+
+def test_another_weight_counts_at_once(clock: Clock) -> None:
+    balancer = over(clock, "a", "b", chooser="round-robin")
+    before = balancer.instances["a"]
+
+    assert balancer.update([Location("a", 9), "b"]) == []
+
+    assert balancer.instances["a"] is before
+    assert [call(balancer, clock) for _ in range(10)].count("a") == 9
+
+
+def test_a_heavy_one_that_is_new_or_gone_leaves_calls_to_the_others(clock: Clock) -> None:
+    balancer = over(clock, "a", Location("b", 5))
+    balancer.update(["a", Location("b", 5), Location("new", 50)])
+
+    got, _ = simulate(balancer, clock, lambda url: 0.01, lambda url: False, rate=50, count=100)
+    assert got["new"] < 70
+    assert balancer.choose(["new"]).url in ("a", "b")
+    balancer.update([Location("new", 50)])
+    assert balancer.choose(["new"]).url == "new"
+
+
+EAST_AND_WEST = [Location("e1", zone="east"), Location("e2", zone="east"), *(Location(w, zone="west") for w in "wxy")]
+
+
+@pytest.mark.parametrize("chooser", CHOOSERS)
+def test_calls_stay_in_their_zone_while_it_is_enough_for_them(clock: Clock, chooser: str) -> None:
+    balancer = over(clock, *EAST_AND_WEST, chooser=chooser, zone="west")
+
+    got, _ = simulate(balancer, clock, lambda url: 0.02, lambda url: False, rate=100, count=600)
+
+    assert set(got) == {"w", "x", "y"}
+
+
+def test_a_zone_that_is_too_small_gets_what_it_has_capacity_for(clock: Clock) -> None:
+    # Half of all calls come from the east, where two of five instances are: a fifth of them goes west.
+    balancer = over(clock, *EAST_AND_WEST, zone="east")
+
+    got, _ = simulate(balancer, clock, lambda url: 0.02, lambda url: False, rate=100, count=6000)
+
+    assert got["e1"] + got["e2"] == pytest.approx(4800, rel=0.05)
+    assert got["w"] + got["x"] + got["y"] == pytest.approx(1200, rel=0.2)
+
+
+def test_calls_leave_their_zone_as_its_instances_fail_and_stay_as_they_are_back(clock: Clock) -> None:
+    balancer = over(clock, *EAST_AND_WEST, zone="west")
+
+    fail(balancer, "w", 5)
+    got, _ = simulate(balancer, clock, lambda url: 0.001, lambda url: False, rate=400, count=300)
+    assert set(got) == {"x", "y"}
+
+    fail(balancer, "x", 5)
+    got, _ = simulate(balancer, clock, lambda url: 0.0001, lambda url: False, rate=4000, count=900)
+    assert set(got) == {"e1", "e2", "y"}
+    assert got["y"] == pytest.approx(600, rel=0.1)
+
+    clock.now += 20
+    simulate(balancer, clock, lambda url: 0.02, lambda url: False, rate=100, count=50)
+    got, _ = simulate(balancer, clock, lambda url: 0.02, lambda url: False, rate=100, count=2000)
+    assert set(got) == {"w", "x", "y"}
+
+
+def test_another_attempt_leaves_the_zone_when_all_of_it_has_been_tried(clock: Clock) -> None:
+    balancer = over(clock, Location("near", zone="east"), Location("far", zone="west"), zone="east")
+
+    assert balancer.choose().url == "near"
+    assert balancer.choose(["near"]).url == "far"
+    assert balancer.choose(["near", "far"]).url == "near"
+
+
+def test_where_more_than_half_fail_no_zone_is_preferred(clock: Clock) -> None:
+    balancer = over(clock, *EAST_AND_WEST, zone="west")
+
+    for url in "wxy":
+        fail(balancer, url, 5)
+    got, _ = simulate(balancer, clock, lambda url: 0.02, lambda url: url in "wxy", rate=100, count=50)
+
+    assert {"e1", "e2"} < set(got)
+
+
+def test_a_zone_in_which_there_is_nobody_changes_nothing(clock: Clock) -> None:
+    balancer = over(clock, *EAST_AND_WEST, zone="north")
+
+    assert {call(balancer, clock) for _ in range(100)} == {"e1", "e2", "w", "x", "y"}
+
+
 def test_those_who_have_gone_are_told_and_get_no_calls(clock: Clock) -> None:
     balancer = over(clock, "a", "b")
 
@@ -336,7 +456,7 @@ def test_another_attempt_goes_elsewhere_while_there_is_another(clock: Clock) -> 
 
 
 def test_a_failure_is_charged_a_second_and_forgotten_as_time_goes_by(clock: Clock) -> None:
-    instance = Instance("a", clock.now)
+    instance = Instance(Location("a"), clock.now)
     for seconds, failed, latency in ((0.01, False, 0.01), (0.01, True, 1.0), (0.01, False, 1.0)):
         instance.begin(clock.now)
         instance.end(clock.now, seconds, failed=failed)

@@ -48,6 +48,19 @@ def test_a_wrong_url_is_explained(url: str, complaint: str) -> None:
         parse(url)
 
 
+def test_weight_and_zone_of_an_instance_are_no_options_of_its_transport() -> None:
+    address = parse("tcp://127.0.0.1:3001?idle_timeout=1&weight=3&zone=west")
+
+    assert address == Address("tcp", "127.0.0.1", 3001, {"idle_timeout": "1"}, weight=3, zone="west")
+    assert parse("redis://127.0.0.1?zone=west").options == {"zone": "west"}
+
+
+@pytest.mark.parametrize("weight", ["0", "-1", "1.5", "101", "much", ""])
+def test_a_wrong_weight_is_explained(weight: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"weight={weight}': weight is a whole number from 1 to 100"):
+        parse(f"tcp://127.0.0.1:3001?weight={weight}")
+
+
 def test_an_address_is_shown_without_its_options() -> None:
     assert str(parse("tcp://127.0.0.1:3001?idle_timeout=1")) == "tcp://127.0.0.1:3001"
     assert str(parse("memory://")) == "memory://"

@@ -9,8 +9,9 @@ from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from typing import Any
 
 import pytest
+from pytest_django import Settings
 
-from microservices import message_pattern
+from microservices import clients, message_pattern
 from microservices.balanced import Balanced
 from microservices.client import Client
 from microservices.discovery.balancer import Balancer
@@ -289,3 +290,15 @@ async def test_one_that_is_closed_connects_to_nobody() -> None:
         assert len(proxy.unwrap()) == 1
         assert [instance.asked for instance in instances] == [0, 0]
         assert proxy.status is Status.CLOSED
+
+
+@pytest.mark.asyncio
+async def test_urls_say_how_much_an_instance_is_meant_for_and_where_it_stands(settings: Settings) -> None:
+    urls = "tcp://127.0.0.1:1?weight=3&zone=west,tcp://127.0.0.1:2?zone=west,tcp://127.0.0.1:3?zone=east"
+    settings.MICROSERVICES = {"CLIENTS": {"shop": {"url": urls, "balance": "round-robin"}}, "ZONE": "west"}
+    balancer = clients["shop"].balancer
+    assert balancer is not None
+
+    got = Counter(balancer.choose().url for _ in range(40))
+
+    assert got == {"tcp://127.0.0.1:1": 30, "tcp://127.0.0.1:2": 10}
