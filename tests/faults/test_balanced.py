@@ -102,4 +102,5 @@ async def test_one_of_two_that_is_five_times_slower_gets_few_calls(start: Start,
 
     figures.at_most(fault, "calls that failed", results.failures.total(), 0)
     figures.at_least(fault, "its share of the calls", got / len(results), 1 / len(results))
-    figures.at_most(fault, "its share of the calls, at most", got / len(results), 0.1)
+    # By its speed its part would be a sixth; dealt out in turn, half.
+    figures.at_most(fault, "its share of the calls, at most", got / len(results), 1 / 6)
