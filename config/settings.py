@@ -112,6 +112,7 @@ MICROSERVICES = {
     "LISTEN": env.bool("LISTEN", default="runserver" not in sys.argv),
     "EVENTS_URL": env.str("EVENTS_URL", default=REDIS_URL.replace("://", "-streams://", 1) or "memory://"),
     "CALL_TIMEOUT": number("CALL_TIMEOUT", 5.0),
+    "FAULTS": env.json("FAULTS", default={}),
     "DRAIN_TIMEOUT": number("DRAIN_TIMEOUT", 30.0),
     "DRAIN_PAUSE": number("DRAIN_PAUSE", 0.0 if DEBUG else 5.0),
     # A debugger holds the loop for longer than any watchdog would take.

@@ -22,8 +22,8 @@ from .transports import Address
 def check_settings(**_: Any) -> list[checks.CheckMessage]:
     """E004: MICROSERVICES can be read. E006: every URL can. E007: no port is used twice.
 
-    E010: no door is open to other hosts without TLS. E012: no broker elsewhere is used without a password; both
-    with DEBUG off. E013: rules about who may call are about patterns, and can be read.
+    E010: no door is open to other hosts without TLS. E012: no broker elsewhere is used without a password. E014: no
+    faults are on purpose; these with DEBUG off. E013: rules about who may call are about patterns, and can be read.
     """
     try:
         settings = get_settings()
@@ -245,6 +245,8 @@ _BOLDNESS = {"never": 0, "keyed": 1, "safe": 2}
 def _open_doors(settings: Settings) -> Iterator[checks.CheckMessage]:
     if conf.debug():
         return
+    if settings.faults:
+        yield checks.Error("MICROSERVICES['FAULTS'] is for development: DEBUG is off.", id="microservices.E014")
     served = (url for place in settings.servers.values() for url in (place.url, place.grpc) if url)
     if settings.listen and not settings.insecure_doors:
         for text in doors.open_to_all(map(transports.parse, served)):

@@ -24,6 +24,7 @@ from .instruments import Bound
 from .microservice import get_microservice, services_here
 from .middleware import Endpoint, Middleware, chain
 from .packets import route
+from .resilience.faults import Faults
 from .resilience.policies import Guard, Plan
 from .stubs import GrpcServices
 from .transports.base import Caller, Status
@@ -68,6 +69,7 @@ class Client:
         timeout: float = 5.0,
         middlewares: Sequence[Middleware] = (),
         plan: Plan | None = None,
+        faults: Faults | None = None,
         load: Callable[[str], Any] = load,
         run: Callable[[Coroutine[Any, Any, Any]], Future[Any]] | None = None,
     ) -> None:
@@ -78,6 +80,8 @@ class Client:
         self._source = source
         self._middlewares = middlewares
         self._plan = plan
+        self.faults = faults
+        """What is done to its messages on purpose."""
         self._load = load
         self._per_loop: WeakKeyDictionary[Loop, _Bound] = WeakKeyDictionary()
         self._latest: _Bound | None = None
@@ -225,7 +229,8 @@ class Client:
             async def stream(data: Any, context: RpcContext) -> AsyncIterator[Raw]:
                 return proxy.stream(data, context)
 
-            stream_, emit = (chain(verb, self._middlewares) for verb in (stream, proxy.emit))
+            stream_ = chain(stream, self._middlewares)
+            emit = chain(proxy.emit if self.faults is None else self.faults.event(proxy.emit), self._middlewares)
             # One for each loop: its queues hold futures.
             guard = None if self._plan is None else Guard(self._plan, source=self._source, load=self._load)
             bound = self._per_loop[loop] = _Bound(loop, proxy, guard, {}, stream_, emit)
@@ -234,7 +239,8 @@ class Client:
 
     def _way(self, bound: _Bound, route: str) -> _Way:
         policies = [] if bound.guard is None else bound.guard.chain(route)
-        send = chain(bound.proxy.send, [*self._middlewares, *policies])
+        faults = [] if self.faults is None else [self.faults.request]
+        send = chain(bound.proxy.send, [*self._middlewares, *policies, *faults])
         way = _Way(send, self._deadline(route))
         if len(bound.ways) < _MAX_KNOWN:
             bound.ways[route] = way
@@ -370,6 +376,12 @@ class Clients:
         grpc = {f"{service}-grpc": services.client for service, services in self._grpc.items()}
         return {**self._clients, **grpc}
 
+    @property
+    def faults(self) -> list[str]:
+        """The patterns that have faults on purpose now, as "users/get_user"."""
+        faulty = ((service, self[service].faults) for service in get_settings().faults)
+        return [f"{service}/{pattern}" for service, faults in faulty if faults for pattern in faults.active]
+
     def settle(self, loop: Loop | None) -> None:
         """Make `loop` the one that threads submit their calls to; None for one in the background."""
         self._home = loop
@@ -406,7 +418,9 @@ class Clients:
 
     def _client(self, service: str, connect: Callable[[], Caller]) -> Client:
         settings = get_settings()
-        for_development: list[Middleware] = [Declared()] if conf.debug() else []
+        debug = conf.debug()
+        for_development: list[Middleware] = [Declared()] if debug else []
+        faults = settings.faults.get(service)
         return Client(
             service,
             connect,
@@ -414,6 +428,7 @@ class Clients:
             timeout=settings.call_timeout,
             middlewares=[*for_development, *(load(path) for path in settings.client_middleware)],
             plan=None if service == EVENTS else conf.plan(service),
+            faults=Faults(service, faults) if debug and faults else None,
             run=self.run,
         )
 

@@ -17,6 +17,7 @@ from . import transports
 from .discovery import choosers
 from .exceptions import ConfigurationError
 from .handlers import Retry, registry
+from .resilience.faults import Fault
 from .resilience.policies import Plan
 from .transports import Address, Seconds, Transport
 
@@ -71,6 +72,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="
     call_timeout: Seconds = 5.0
     policies: dict[str, Any] = {}
     """What stands around all calls: see docs/resilience.md."""
+    faults: dict[str, dict[str, Fault]] = {}
+    """Faults on purpose, by service (or "events") and pattern; with DEBUG alone: see docs/resilience.md."""
     drain_timeout: Seconds = 30.0
     drain_pause: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     """How long a process that stops goes on taking calls, for routers to learn of it; part of DRAIN_TIMEOUT."""
@@ -131,6 +134,9 @@ def get_settings() -> Settings:
     for name, place in found.clients.items():
         _plan(found, name)
         choosers.find(place.balance)
+    for name in found.faults:
+        if name not in (*found.clients, "events"):
+            raise ConfigurationError(f"MICROSERVICES['FAULTS'] names {name!r}: neither one of CLIENTS nor 'events'.")
     return found
 
 

@@ -21,6 +21,7 @@ from health_check.exceptions import ServiceUnavailable, ServiceWarning
 from health_check.views import HealthCheckView
 
 from .client import clients
+from .conf import get_settings
 from .context import RpcContext
 from .db import fresh_connections
 from .exceptions import ConfigurationError
@@ -121,6 +122,18 @@ class Instances(HealthCheck):
 
 
 @dataclasses.dataclass(repr=False)
+class OnPurpose(HealthCheck):
+    """Faults that somebody has asked for are told, and make nobody unready."""
+
+    def __repr__(self) -> str:
+        return "faults"
+
+    async def run(self) -> None:
+        if faults := clients.faults:
+            raise ServiceWarning(f"on purpose: {', '.join(faults)}")
+
+
+@dataclasses.dataclass(repr=False)
 class Migrated(HealthCheck):
     """The tables of a service are those that its code knows."""
 
@@ -201,7 +214,8 @@ def health_urls() -> list[URLPattern]:
     databases = [(ServiceDatabase, {"alias": alias}) for alias in connections if _is_used(alias)]
     checks: list[Any] = [Started, Doors, Shedding, *databases]
     migrated = [(Migrated, {"alias": alias}) for alias in connections if _is_used(alias)]
-    whole = HealthView.as_view(checks=[*checks, Brokers, Instances], tells_services=True)
+    faults = [OnPurpose] if get_settings().faults else []
+    whole = HealthView.as_view(checks=[*checks, Brokers, Instances, *faults], tells_services=True)
     return [
         path("livez", HealthView.as_view(checks=[]), name="livez"),
         path("readyz", HealthView.as_view(checks=checks), name="readyz"),

@@ -17,7 +17,7 @@ from health_check.exceptions import ServiceWarning
 from pytest_django import Settings
 
 from microservices import clients, health
-from microservices.health import Brokers, Doors, HealthView, Instances, Migrated, ServiceDatabase, Started
+from microservices.health import Brokers, Doors, HealthView, Instances, Migrated, OnPurpose, ServiceDatabase, Started
 from microservices.lifecycle import State, lifecycle
 from microservices.microservice import get_microservice
 from microservices.transports import Address, parse
@@ -132,6 +132,21 @@ def test_an_instance_that_is_left_out_is_told_and_makes_nothing_unready(rf: Requ
 
     assert before == {"status": "up"}
     assert after == {"status": "up", "message": "Warning: left out: users tcp://127.0.0.1:1"}
+
+
+@pytest.mark.usefixtures("_ready")
+def test_faults_on_purpose_are_told_and_make_nothing_unready(rf: RequestFactory, settings: Settings) -> None:
+    settings.DEBUG = True
+    settings.MICROSERVICES = {
+        "CLIENTS": {"users": {"url": "tcp://127.0.0.1:1"}},
+        "FAULTS": {"users": {"get_user": {"drop": 0.5}}},
+    }
+
+    answer = async_to_sync(HealthView.as_view(checks=[OnPurpose]))(rf.get("/health"))
+
+    assert answer.status_code == 200
+    told = {"status": "up", "message": "Warning: on purpose: users/get_user"}
+    assert msgspec.json.decode(answer.content)["details"]["faults"] == told
 
 
 @databases
