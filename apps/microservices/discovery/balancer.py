@@ -39,7 +39,7 @@ class Balancer:
     that it is not they who are ill, and all are used. `chooser` is a name of `choosers.CHOOSERS`, `source` what
     this process calls itself. `instances` are URLs, or Locations where they differ in weight or zone; those of the
     caller's own `zone` get its calls, or as many of them as they have capacity for. Raises ConfigurationError
-    where there is none, and for a weight that is none.
+    for no instances, and for a weight that is not a whole number from 1 to 100.
     """
 
     def __init__(
@@ -69,8 +69,9 @@ class Balancer:
         """Those that get calls, as often as their weights say; of the own zone alone, where calls stay in it."""
         self._everywhere: Sequence[Instance]
         self._beyond: Sequence[Instance] = ()
-        """Those of other zones, to which calls go that do not stay, which is `_staying` of them."""
+        """Those of zones with room, to which calls go that do not stay in their own."""
         self._staying: float
+        """The share of calls that stay."""
         self._review(now)
 
     # The instances
@@ -79,7 +80,7 @@ class Balancer:
         """Take these instances for all there are, and return those that have gone; none at all is no news.
 
         One that is new gets its share within ten seconds, so that it is not flooded while it is cold.
-        Raises ConfigurationError for a weight that is none.
+        Raises ConfigurationError for a weight that is not a whole number from 1 to 100.
         """
         known, now = self.instances, self.clock()
         wanted = _located(instances)
@@ -124,12 +125,11 @@ class Balancer:
             )
         elif self._staying < 1 and self._chance() >= self._staying:
             usable = self._beyond
-        instance = usable[0]
-        if len(usable) > 1:
-            instance = self._choose(usable, now)
-            if instance.warm_at > now and self._chance() > instance.share(now):
-                others = [each for each in usable if each is not instance] or [instance]
-                instance = self._choose(others, now) if len(others) > 1 else others[0]
+        instance = usable[0] if len(usable) == 1 else self._choose(usable, now)
+        if instance.warm_at > now and self._chance() > instance.share(now):
+            warm = self._warm(usable, tried, now) or self._warm(self._everywhere, tried, now)
+            if warm:
+                instance = warm[0] if len(warm) == 1 else self._choose(warm, now)
         if timed:
             instance.begin(now)
         return instance
@@ -159,6 +159,10 @@ class Balancer:
         An exception is a failure, unless it is a cancellation; what is said by `picked.failed = ...` counts more.
         """
         return Pick(self, self.choose(tried))
+
+    @staticmethod
+    def _warm(instances: Sequence[Instance], tried: Sequence[str], now: float) -> list[Instance]:
+        return [each for each in instances if each.warm_at <= now and each.url not in tried]
 
     # Health
 
@@ -203,6 +207,9 @@ class Balancer:
     def _review(self, now: float) -> Instance | None:
         """See who gets calls; return one that has been out for its time, for a call to try it."""
         everyone = list(self.instances.values())
+        least = min(each.weight for each in everyone)
+        for each in everyone:
+            each.size = each.weight / least
         well = [each for each in everyone if not each.out]
         panic = len(everyone) > 1 and len(well) * 2 < len(everyone)
         if panic and not self._panic:
@@ -219,20 +226,21 @@ class Balancer:
         return due[0] if due else None
 
     def _stay(self, usable: list[Instance]) -> None:
-        # Callers are taken to be spread evenly over the zones. Where the own one has less capacity than that, a part
-        # of its calls goes elsewhere, so that its instances have no more to do than others.
-        own = [each for each in usable if each.zone == self._zone]
-        if not own:
-            return
-        zones = len({each.zone for each in self.instances.values()})
-        self._usable = choosers.lots(own)
-        self._beyond = choosers.lots([each for each in usable if each.zone != self._zone])
-        self._staying = zones * sum(each.weight for each in own) / sum(each.weight for each in usable)
+        # As many callers are taken to be in each zone. Where the own one has less capacity than its share, a part of
+        # its calls goes to zones that have more than theirs.
+        capacity = dict.fromkeys((each.zone for each in self.instances.values()), 0)
+        for each in usable:
+            capacity[each.zone] += each.weight
+        share = sum(capacity.values()) / len(capacity)
+        if own := [each for each in usable if each.zone == self._zone]:
+            self._usable = choosers.lots(own)
+            self._beyond = choosers.lots([each for each in usable if capacity[each.zone] > share])
+            self._staying = capacity[self._zone] / share
 
 
 def _located(instances: Iterable[str | Location]) -> dict[str, Location]:
     locations = [Location(each) if isinstance(each, str) else each for each in instances]
-    if wrong := [each for each in locations if each.weight not in WEIGHTS]:
+    if wrong := [each for each in locations if type(each.weight) is not int or each.weight not in WEIGHTS]:
         raise ConfigurationError(f"{wrong[0].url}: weight is a whole number from 1 to 100.")
     return {each.url: each for each in locations}
 

@@ -6,13 +6,15 @@ import random
 from collections.abc import Callable, Sequence
 from itertools import count
 from math import gcd
-from operator import itemgetter
 
 from ..exceptions import ConfigurationError
 from .instances import Instance
 
 Chooser = Callable[[Sequence[Instance], float], Instance]
-"""Given two or more `lots` and the time, returns the instance of one of them."""
+"""Given `lots` of two or more instances and the time, returns one of them."""
+
+_CLEARLY = 2.0
+_GOLDEN = 0.618
 
 
 def lots(instances: Sequence[Instance]) -> Sequence[Instance]:
@@ -20,32 +22,23 @@ def lots(instances: Sequence[Instance]) -> Sequence[Instance]:
     unit = gcd(*(each.weight for each in instances))
     if all(each.weight == unit for each in instances):
         return instances
-    dealt = ((turn * unit / each.weight, each) for each in instances for turn in range(each.weight // unit))
-    return [each for _, each in sorted(dealt, key=itemgetter(0))]
+    # Each at even distances, and none where the others begin.
+    dealt = [
+        ((turn + place * _GOLDEN % 1) * unit / each.weight, place)
+        for place, each in enumerate(instances)
+        for turn in range(each.weight // unit)
+    ]
+    return [instances[place] for _, place in sorted(dealt)]
 
 
 def two_choices(rng: random.Random) -> Chooser:
     """Return a chooser of the one with less load of any two: nearly as good as the least of all, and no herd."""
-    chance = rng.random
-
-    def choose(instances: Sequence[Instance], now: float) -> Instance:
-        many = len(instances)
-        first = int(chance() * many)
-        second = int(chance() * (many - 1))
-        one, other = instances[first], instances[second + (second >= first)]
-        return one if one.load(now) <= other.load(now) else other
-
-    return choose
+    return _of_two(rng, Instance.load)
 
 
 def pending(rng: random.Random) -> Chooser:
-    """Return a chooser of the one with fewer calls under way for its weight, of any two."""
-
-    def choose(instances: Sequence[Instance], now: float) -> Instance:
-        one, other = rng.sample(instances, 2)
-        return one if one.pending * other.weight <= other.pending * one.weight else other
-
-    return choose
+    """Return a chooser of the one with fewer calls under way, of any two."""
+    return _of_two(rng, Instance.crowd)
 
 
 def in_turn(rng: random.Random) -> Chooser:
@@ -63,6 +56,24 @@ def any_one(rng: random.Random) -> Chooser:
 
     def choose(instances: Sequence[Instance], now: float) -> Instance:
         return rng.choice(instances)
+
+    return choose
+
+
+def _of_two(rng: random.Random, cost: Callable[[Instance, float], float]) -> Chooser:
+    chance = rng.random
+
+    def choose(instances: Sequence[Instance], now: float) -> Instance:
+        many = len(instances)
+        first = int(chance() * many)
+        second = int(chance() * (many - 1))
+        one, other = instances[first], instances[second + (second >= first)]
+        if one is other:  # two lots of a heavy one
+            others = [each for each in instances if each is not one] or [one]
+            other = others[int(chance() * len(others))]
+        # The first is drawn by weight: to take a lighter or heavier one for a trifle would make them equals.
+        margin = 1 if one.weight == other.weight else _CLEARLY
+        return one if cost(one, now) <= margin * cost(other, now) else other
 
     return choose
 

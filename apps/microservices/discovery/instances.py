@@ -42,6 +42,7 @@ class Instance:
         "out_since",
         "out_until",
         "pending",
+        "size",
         "trying",
         "url",
         "warm_at",
@@ -51,6 +52,8 @@ class Instance:
 
     def __init__(self, location: Location, now: float, latency: float = 0.0, *, fresh: bool = False) -> None:
         self.url, self.weight, self.zone = location
+        self.size = 1.0
+        """Its weight, where that of the lightest is 1."""
         self.pending = 0
         """Calls that are under way."""
         self.failures_in_a_row = 0
@@ -78,7 +81,7 @@ class Instance:
         return self._latency * exp(-idle / DECAY) if idle > 1 and not self.pending else self._latency
 
     def load(self, now: float) -> float:
-        """Return what one more call would cost: its latency, times the calls that are there for its weight."""
+        """Return what one more call would cost: its latency, times the calls that are there for its size."""
         pending = self.pending
         if not pending:
             return self._latency if now - self._seen <= 1 else self.latency(now)
@@ -86,7 +89,11 @@ class Instance:
         # been heard yet, he who keeps a first call waiting is not the quickest.
         silent = now - self._heard
         latency = self._latency or FAILED
-        return (silent if silent > latency else latency) * (pending / self.weight + 1)
+        return (silent if silent > latency else latency) * (pending / self.size + 1)
+
+    def crowd(self, now: float) -> float:
+        """Return how many calls it would have with one more, for its size."""
+        return self.pending / self.size + 1
 
     def share(self, now: float) -> float:
         """Return the part of the calls meant for it that it gets, from 0 to 1: few at first."""

@@ -29,6 +29,8 @@ class Transport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Whether a URL must name a host and a port."""
     several: bool = False
     """Whether a URL may name several hosts."""
+    instances: bool = False
+    """Whether its addresses are those of instances, each of which may have a `weight` and a `zone`."""
     port: int = 0
     """The port where a URL names none."""
     extra: str = ""
@@ -36,12 +38,13 @@ class Transport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 _HERE = "microservices.transports"
-_TCP = Transport(server=f"{_HERE}.tcp.TcpServer", client=f"{_HERE}.tcp.TcpClient", names_port=True)
+_TCP = Transport(server=f"{_HERE}.tcp.TcpServer", client=f"{_HERE}.tcp.TcpClient", names_port=True, instances=True)
 _GRPC = Transport(
     server=f"{_HERE}.grpc.GrpcServer",
     client=f"{_HERE}.grpc.GrpcClient",
     names_port=True,
     several=True,
+    instances=True,
     extra="grpc",
 )
 _REDIS = Transport(
@@ -192,7 +195,7 @@ def parse(url: str) -> Address:
     user, _, password = (unquote(part) for part in credentials.partition(":"))
     (host, port), *others = ((host or ("localhost" if transport.broker else ""), port) for host, port in places)
     options = dict(parse_qsl(parts.query, keep_blank_values=True))
-    weight, zone = ("1", "") if transport.broker else (options.pop("weight", "1"), options.pop("zone", ""))
+    weight, zone = (options.pop("weight", "1"), options.pop("zone", "")) if transport.instances else ("1", "")
     if not _WEIGHT.fullmatch(weight):
         raise ConfigurationError(f"{url!r}: weight is a whole number from 1 to 100.")
     return Address(parts.scheme, host, port, options, user, password, parts.path, tuple(others), int(weight), zone)
@@ -217,6 +220,8 @@ def load(address: Address, role: Role) -> Any:
         raise ConfigurationError(f"{address.scheme}:// cannot {_ROLES[role]}; use {fit}.")
     if role == "server" and address.others and not transport.broker:
         raise ConfigurationError(f"{address}: a server listens at one address, not at {len(address.hosts)}.")
+    if role == "server" and (address.weight, address.zone) != (1, ""):
+        raise ConfigurationError(f"{address}: weight and zone are for callers, and a server has no use for them.")
     module, _, name = path.rpartition(".")
     try:
         return getattr(import_module(module), name)
