@@ -1,5 +1,6 @@
 """All settings, for every role of a process: derived from fleet.py and from the environment."""
 
+import json
 import sys
 import warnings
 from pathlib import Path
@@ -50,6 +51,18 @@ def number(name: str, default: float) -> float:
         return float(text)
     except ValueError as error:
         raise ImproperlyConfigured(f"{name} must be a number, not {text!r}.") from error
+
+
+def structure(name: str) -> dict[str, Any]:
+    """Return a variable's JSON object. Raises ImproperlyConfigured, naming it, where it holds none."""
+    text: str = env.str(name, default="").strip() or "{}"
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ImproperlyConfigured(f"{name} must be a JSON object, not {text!r}.")
+    return found
 
 
 def service_url(name: str) -> str:
@@ -112,7 +125,7 @@ MICROSERVICES = {
     "LISTEN": env.bool("LISTEN", default="runserver" not in sys.argv),
     "EVENTS_URL": env.str("EVENTS_URL", default=REDIS_URL.replace("://", "-streams://", 1) or "memory://"),
     "CALL_TIMEOUT": number("CALL_TIMEOUT", 5.0),
-    "FAULTS": env.json("FAULTS", default={}),
+    "FAULTS": structure("FAULTS"),
     "DRAIN_TIMEOUT": number("DRAIN_TIMEOUT", 30.0),
     "DRAIN_PAUSE": number("DRAIN_PAUSE", 0.0 if DEBUG else 5.0),
     # A debugger holds the loop for longer than any watchdog would take.

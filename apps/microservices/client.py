@@ -80,8 +80,7 @@ class Client:
         self._source = source
         self._middlewares = middlewares
         self._plan = plan
-        self.faults = faults
-        """What is done to its messages on purpose."""
+        self._faults = faults
         self._load = load
         self._per_loop: WeakKeyDictionary[Loop, _Bound] = WeakKeyDictionary()
         self._latest: _Bound | None = None
@@ -230,7 +229,7 @@ class Client:
                 return proxy.stream(data, context)
 
             stream_ = chain(stream, self._middlewares)
-            emit = chain(proxy.emit if self.faults is None else self.faults.event(proxy.emit), self._middlewares)
+            emit = chain(proxy.emit if self._faults is None else self._faults.event(proxy.emit), self._middlewares)
             # One for each loop: its queues hold futures.
             guard = None if self._plan is None else Guard(self._plan, source=self._source, load=self._load)
             bound = self._per_loop[loop] = _Bound(loop, proxy, guard, {}, stream_, emit)
@@ -239,7 +238,7 @@ class Client:
 
     def _way(self, bound: _Bound, route: str) -> _Way:
         policies = [] if bound.guard is None else bound.guard.chain(route)
-        faults = [] if self.faults is None else [self.faults.request]
+        faults = [] if self._faults is None else [self._faults.request]
         send = chain(bound.proxy.send, [*self._middlewares, *policies, *faults])
         way = _Way(send, self._deadline(route))
         if len(bound.ways) < _MAX_KNOWN:
@@ -344,6 +343,7 @@ class Clients:
     def __init__(self) -> None:
         self._clients: dict[str, Client] = {}
         self._grpc: dict[str, GrpcServices] = {}
+        self._faults: dict[str, Faults] = {}
         self._home: Loop | None = None
 
     def __getitem__(self, service: str) -> Client:
@@ -378,8 +378,8 @@ class Clients:
 
     @property
     def faults(self) -> list[str]:
-        """The patterns that have faults on purpose now, as "users/get_user"."""
-        faulty = ((service, self[service].faults) for service in get_settings().faults)
+        """The patterns that have faults on purpose in this process, as "users/get_user"."""
+        faulty = ((service, self._faults_of(service)) for service in get_settings().faults)
         return [f"{service}/{pattern}" for service, faults in faulty if faults for pattern in faults.active]
 
     def settle(self, loop: Loop | None) -> None:
@@ -395,6 +395,7 @@ class Clients:
         """Forget all clients: the settings have changed."""
         self._clients.clear()
         self._grpc.clear()
+        self._faults.clear()
 
     def run(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         """Run a coroutine on the application's loop, or in the background where there is none."""
@@ -416,11 +417,15 @@ class Clients:
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known) or 'none'}."
             raise ConfigurationError(f"No service {service!r} in MICROSERVICES['CLIENTS']: {hint}")
 
+    def _faults_of(self, service: str) -> Faults | None:
+        given = get_settings().faults.get(service)
+        if not given or not conf.debug():
+            return None
+        return self._faults.setdefault(service, Faults(service, given))  # one for a service's gRPC, too
+
     def _client(self, service: str, connect: Callable[[], Caller]) -> Client:
         settings = get_settings()
-        debug = conf.debug()
-        for_development: list[Middleware] = [Declared()] if debug else []
-        faults = settings.faults.get(service)
+        for_development: list[Middleware] = [Declared()] if conf.debug() else []
         return Client(
             service,
             connect,
@@ -428,7 +433,7 @@ class Clients:
             timeout=settings.call_timeout,
             middlewares=[*for_development, *(load(path) for path in settings.client_middleware)],
             plan=None if service == EVENTS else conf.plan(service),
-            faults=Faults(service, faults) if debug and faults else None,
+            faults=self._faults_of(service),
             run=self.run,
         )
 

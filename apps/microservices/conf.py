@@ -136,7 +136,8 @@ def get_settings() -> Settings:
         choosers.find(place.balance)
     for name in found.faults:
         if name not in (*found.clients, "events"):
-            raise ConfigurationError(f"MICROSERVICES['FAULTS'] names {name!r}: neither one of CLIENTS nor 'events'.")
+            places = ", ".join((*found.clients, "events"))
+            raise ConfigurationError(f"MICROSERVICES['FAULTS'] has no use for {name!r}: known are {places}.")
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-FULL = os.environ.get("FAULTS") == "full"
+FULL = os.environ.get("FAULTS_TIER") == "full"
 
 
 def seconds(fast: float, full: float) -> float:

@@ -98,3 +98,18 @@ def test_runserver_keeps_the_doors_closed_unless_it_is_told_otherwise(
     script = "from django.conf import settings; print(json.dumps(settings.MICROSERVICES['LISTEN']))"
 
     assert told(script, command, DEBUG="1", **given) is listens
+
+
+@pytest.mark.parametrize("faults", ["full", "[]", '{"users"'])
+def test_faults_that_cannot_be_read_are_told_by_their_name(faults: str) -> None:
+    process = run(*MANAGE, "patterns", DEBUG="1", FAULTS=faults)
+
+    assert process.returncode != 0
+    assert process.stderr == f"Improperly configured: FAULTS must be a JSON object, not {faults!r}.\n"
+
+
+def test_faults_are_read_from_json() -> None:
+    script = "from django.conf import settings; print(json.dumps(settings.MICROSERVICES['FAULTS']))"
+
+    assert told(script, "patterns", DEBUG="1", FAULTS='{"users": {"*": {"drop": 1}}}') == {"users": {"*": {"drop": 1}}}
+    assert told(script, "patterns", DEBUG="1", FAULTS=" ") == {}

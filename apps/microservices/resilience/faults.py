@@ -26,20 +26,20 @@ _HELD_BACK = 0.1
 
 
 class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, repr_omit_defaults=True):
-    """What befalls the messages of a pattern: times in seconds, and shares from 0 to 1."""
+    """What befalls the messages of a pattern: times in seconds, and shares of the messages from 0 to 1."""
 
     latency: Annotated[float, msgspec.Meta(ge=0)] = 0
-    """How much later each of them is sent."""
-    error: Share = 0
-    """How many requests are answered with 503, and events refused, without having been sent."""
+    """How much later each is sent."""
     drop: Share = 0
     """How many are lost: the sender of a request waits until its deadline, that of an event hears nothing."""
+    error: Share = 0
+    """How many others are refused with 503, and not sent."""
     duplicate: Share = 0
-    """How many are sent twice."""
+    """How many of those that are sent are sent twice, at the same time; the first answer counts."""
     reorder: Share = 0
-    """How many are held back, so that later ones overtake them."""
+    """How many are held back, so that those of other callers overtake them."""
     seconds: Annotated[float, msgspec.Meta(gt=0, le=86_400)] = 600
-    """When it ends, from the first call of the service by this process: nobody shall have to think of it."""
+    """When it ends, from the first message on that it may strike: nobody shall have to think of it."""
 
 
 class Faults:
@@ -57,19 +57,18 @@ class Faults:
         sleep: Callable[[float], Awaitable[Any]] = asyncio.sleep,
         rng: random.Random | None = None,
     ) -> None:
+        self._service = service
+        self._faults = faults
+        self._ends: dict[str, float] = {}
         self._clock = clock
         self._sleep = sleep
         self._chance = (rng or random.Random()).random  # noqa: S311 - strikes by chance
-        now = clock()
-        self._faults = {name: (fault, now + fault.seconds) for name, fault in faults.items()}
-        for name, fault in faults.items():
-            logger.warning("%s %s: faults on purpose for %g s: %s", service, name, fault.seconds, fault)
 
     @property
     def active(self) -> list[str]:
-        """The patterns that have faults now."""
+        """The patterns whose faults have not ended; they may not have begun, either."""
         now = self._clock()
-        return [name for name, (_, ends_at) in self._faults.items() if now < ends_at]
+        return [name for name in self._faults if now < self._ends.get(name, float("inf"))]
 
     def request(self, endpoint: Endpoint) -> Endpoint:
         """Stand before requests."""
@@ -89,19 +88,29 @@ class Faults:
             if fault is None:
                 return await endpoint(data, context)
             await self._hold(fault, context)
-            if self._strikes(fault.drop):
+            fate = self._chance()
+            if fate < fault.drop:
                 return await lost(context)
-            if self._strikes(fault.error):
+            if fate < fault.drop + fault.error:
                 raise RpcException({"statusCode": 503, "code": "injected", "message": "This error is on purpose."})
-            if self._strikes(fault.duplicate):
-                await endpoint(data, copy(context))
+            if self._strikes(fault.duplicate) and not hasattr(data, "__aiter__"):  # that can be read once
+                return await _twice(endpoint, data, context)
             return await endpoint(data, context)
 
         return faulty
 
     def _of(self, context: RpcContext) -> Fault | None:
-        fault, ends_at = self._faults.get(pattern_name(context.pattern)) or self._faults.get("*") or (None, 0)
-        return fault if self._clock() < ends_at else None
+        name = pattern_name(context.pattern)
+        if name not in self._faults:
+            name = "*"
+        fault = self._faults.get(name)
+        if fault is None:
+            return None
+        now = self._clock()
+        if name not in self._ends:
+            self._ends[name] = now + fault.seconds
+            logger.warning("%s %s: faults on purpose for %g s: %s", self._service, name, fault.seconds, fault)
+        return fault if now < self._ends[name] else None
 
     def _strikes(self, share: float) -> bool:
         return share > 0 and self._chance() < share
@@ -117,3 +126,12 @@ class Faults:
     async def _no_answer(self, context: RpcContext) -> None:
         await self._sleep(context.remaining() or 0)
         raise DeadlineExceeded()
+
+
+async def _twice(endpoint: Endpoint, data: Any, context: RpcContext) -> Any:
+    # A context for each: the transport gives it its id.
+    both = (endpoint(data, each) for each in (context, copy(context)))
+    first, _ = await asyncio.gather(*both, return_exceptions=True)
+    if isinstance(first, BaseException):
+        raise first
+    return first

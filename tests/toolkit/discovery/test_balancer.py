@@ -435,7 +435,9 @@ def test_no_zone_has_more_to_do_than_another(clock: Clock) -> None:
         balancer = over(clock, *locations, zone=zone)
         got += simulate(balancer, clock, lambda url: 0.02, lambda url: False, rate=100, count=4000)[0]
 
-    assert {url: calls / 2000 for url, calls in got.items()} == {url: pytest.approx(1, rel=0.1) for url, *_ in locations}
+    assert {url: calls / 2000 for url, calls in got.items()} == {
+        url: pytest.approx(1, rel=0.1) for url, *_ in locations
+    }
 
 
 def test_one_that_is_new_in_its_zone_is_not_flooded(clock: Clock) -> None:
