@@ -104,6 +104,8 @@ class Shopper:
         self._watching: asyncio.Task[None] | None = None
         self.users: list[str] = []
         self.products: list[str] = []
+        self.confirmed: set[tuple[str, str, int]] = set()
+        """Who was told that he has ordered what, and how much of it."""
 
     async def __aenter__(self) -> Shopper:
         await self._look()
@@ -126,16 +128,13 @@ class Shopper:
 
     async def order(self, number: int) -> None:
         """Order what no other number orders."""
-        user, product, quantity = self.ordered(number)
+        number, of_user = divmod(number, len(self.users))
+        number, of_product = divmod(number, len(self.products))
+        user, product, quantity = self.users[of_user], self.products[of_product], number + 1
         lines = [{"product_id": product, "quantity": quantity}]
         body = {"user_id": user, "lines": lines, "payment_token": "tok_ok"}
         await self._ask("POST", "/api/orders", json=body)
-
-    def ordered(self, number: int) -> tuple[str, str, int]:
-        """Return who orders what, and how much of it, in an order of this number."""
-        number, user = divmod(number, len(self.users))
-        number, product = divmod(number, len(self.products))
-        return self.users[user], self.products[product], number + 1
+        self.confirmed.add((user, product, quantity))
 
     async def _get(self, path: str) -> Any:
         return (await self._ask("GET", path)).json()
