@@ -53,7 +53,7 @@ def number(name: str, default: float) -> float:
         raise ImproperlyConfigured(f"{name} must be a number, not {text!r}.") from error
 
 
-def structure(name: str) -> dict[str, Any]:
+def json_object(name: str) -> dict[str, Any]:
     """Return a variable's JSON object. Raises ImproperlyConfigured, naming it, where it holds none."""
     text: str = env.str(name, default="").strip() or "{}"
     try:
@@ -125,7 +125,7 @@ MICROSERVICES = {
     "LISTEN": env.bool("LISTEN", default="runserver" not in sys.argv),
     "EVENTS_URL": env.str("EVENTS_URL", default=REDIS_URL.replace("://", "-streams://", 1) or "memory://"),
     "CALL_TIMEOUT": number("CALL_TIMEOUT", 5.0),
-    "FAULTS": structure("FAULTS"),
+    "FAULTS": json_object("FAULTS"),
     "DRAIN_TIMEOUT": number("DRAIN_TIMEOUT", 30.0),
     "DRAIN_PAUSE": number("DRAIN_PAUSE", 0.0 if DEBUG else 5.0),
     # A debugger holds the loop for longer than any watchdog would take.

@@ -30,7 +30,7 @@ def check_settings(**_: Any) -> list[checks.CheckMessage]:
     except ConfigurationError as error:
         return [checks.Error(str(error), id="microservices.E004")]
     bad = [*_bad_urls(settings), *_ports_used_twice(settings)]
-    return bad or [*_open_doors(settings), *_bad_rules(settings)]
+    return bad or [*_for_development(settings), *_bad_rules(settings)]
 
 
 @checks.register("microservices")
@@ -242,7 +242,7 @@ def _fields(payload: Any) -> Iterable[str]:
 _BOLDNESS = {"never": 0, "keyed": 1, "safe": 2}
 
 
-def _open_doors(settings: Settings) -> Iterator[checks.CheckMessage]:
+def _for_development(settings: Settings) -> Iterator[checks.CheckMessage]:
     if conf.debug():
         return
     if settings.faults:
