@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -90,6 +91,7 @@ class Process:
             return self.wait()
         except subprocess.TimeoutExpired:
             self._child.kill()
+            self.wait()
             raise
 
     def until_says(self, text: str) -> None:
@@ -149,9 +151,10 @@ class Shop:
         until(ready, f"ready on {url}")
 
     def stop(self) -> None:
-        """End whatever still runs."""
-        for process in self.processes:
-            process.stop()
+        """End whatever still runs, also after one that did not end in time."""
+        with ExitStack() as stack:
+            for process in reversed(self.processes):
+                stack.callback(process.stop)
 
 
 # Every way to start the shop, and whether other processes find its TCP door open.
